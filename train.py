@@ -1,0 +1,390 @@
+"""Train PSPNet on Cityscapes.
+
+    python train.py --data data/cityscapes                                    # a GPU, or the CPU
+    torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
+    python train.py --data data/cityscapes --resume                           # go on after a stop
+
+Each is the same experiment: 40,000 iterations of 8 images of 512x1024, the recipe of mmsegmentation
+1.2.2's pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (which reached 77.85 mIoU on val). README.md
+lists how it differs from the paper's. The folder --out gets
+
+    last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
+    log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
+    val_NNNNNN.png      photographs, truth and prediction at each validation
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cityscapes import (NUM_CLASSES, VOID, Cityscapes, TrainingStream, colored, photograph,
+                        save_sheet)
+from evaluate import (Parser, UserError, evaluate, format_scores, ignore_signals, memory_format,
+                      run, scores_of)
+from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
+
+REFERENCE = {  # mmsegmentation's recipe
+    "backbone": "resnet50_v1c", "weights": "imagenet", "init": None, "crop": [512, 1024],
+    "batch_size": 8, "iters": 40_000, "lr": 0.01, "precision": "fp32", "coarse": False,
+    "images": 2975}
+LOG_EVERY = 10  # iterations; between them the program never waits for the device
+
+
+def poly_lr(step, iters, base_lr=0.01):
+    """The learning rate of iteration `step`, 0 to iters - 1: from base_lr down to base_lr / 100 in
+    the last one, with power 0.9 (section 5.1; mmengine 0.10.7's PolyLR, which divides by iters - 1).
+    """
+    end_lr = base_lr / 100
+    return end_lr + (base_lr - end_lr) * (1 - step / max(1, iters - 1)) ** 0.9
+
+
+def segmentation_loss(logits, label):
+    """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
+
+    The sum over the labelled pixels is divided by ALL pixels (mmsegmentation's avg_non_ignore=
+    False): a crop that is all void gives 0, not 0/0, and the mean over processes is that over crops.
+    """
+    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(device):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="data/cityscapes", metavar="DIR",
+        help="folder with leftImg8bit and gtFine (data/cityscapes)")
+    add("--out", default="runs/pspnet", metavar="DIR", help="where results go (runs/pspnet)")
+    add("--backbone", choices=BACKBONES, default="resnet50_v1c")
+    add("--weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="what the backbone starts from (imagenet, which is downloaded)")
+    add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
+    add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
+        help="size of the training samples in pixels (512 1024)")
+    add("--batch-size", type=int, default=8, help="images an iteration, in all processes (8)")
+    add("--iters", type=int, default=40_000, help="iterations (40000)")
+    add("--lr", type=float, default=0.01, help="learning rate of the first iteration (0.01)")
+    add("--seed", type=int, default=0, help="of samples, dropout and new weights (0)")
+    add("--workers", type=int, default=min(8, os.cpu_count()),
+        help="processes that make samples, for each GPU (8, or one per core)")
+    add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
+    add("--save-every", type=int, default=1000, help="iterations between checkpoints (1000)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32" if device.type == "cpu" else "bf16",
+        help="bf16 is autocast (bf16 on a GPU, fp32 on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--cache", metavar="DIR", help="keep decoded images here (25 GB for Cityscapes)")
+    add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
+    add("--resume", action="store_true", help="go on from last.pt in --out")
+    return parser.parse_args()
+
+
+def check_args(args, device, world):
+    """Raises UserError for what can be known to be wrong before anything is read."""
+    if min(*args.crop, args.batch_size, args.iters, args.val_every, args.save_every) < 1:
+        raise UserError("--crop, --batch-size, --iters, --val-every, --save-every must be positive")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
+                        f"type --batch-size {-(-args.batch_size // world) * world}")
+    if args.batch_size == world and (world == 1 or device.type == "cpu"):
+        raise UserError("batch norm needs two images in each process, because the pyramid's first "
+                        f"level is one value per image: type --batch-size {2 * world}")
+
+
+def print_recipe(args, recipe, device, world, val_images):
+    """Say what is about to be trained, and in what it departs from the reference."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    departures = [f"{key} {value} ({REFERENCE[key]})" for key, value in recipe.items()
+                  if value != REFERENCE.get(key, value)]
+    if world > 1 and device.type == "cpu":
+        departures.append(f"batch norm over {args.batch_size // world} images, because "
+                          f"SyncBatchNorm needs GPUs ({args.batch_size})")
+    lines = {
+        "network": f"PSPNet, {args.backbone}, {NUM_CLASSES} classes, from {args.init or args.weights}",
+        "data": f"{recipe['images']} images to train on; {val_images} to validate on, every "
+                f"{args.val_every} iterations",
+        "samples": f"{args.crop[0]}x{args.crop[1]}, scale 0.5 to 2, no class over 75 %, mirrored, "
+                   f"colors distorted, seed {args.seed}",
+        "schedule": f"{args.iters} iterations of {args.batch_size} images; learning rate "
+                    f"{args.lr:g} to {args.lr / 100:g}, poly 0.9",
+        "optimizer": "SGD, momentum 0.9, weight decay 0.0005; auxiliary loss 0.4",
+        "device": f"{world} x {name}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
+                  f"{'SyncBatchNorm' if world > 1 and device.type != 'cpu' else 'BatchNorm'}",
+        "departs from the reference in": "; ".join(departures) or "nothing"}
+    print(*(f"{key:10} {value}" for key, value in lines.items()), sep="\n", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+class Stopped(UserError):
+    """The run was told to stop: what it has saved, and how to go on."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def start_from(net, path):
+    """Give `net` the weights of another PSPNet; not those of the classifiers if its classes differ."""
+    other = load_net(path)
+    if other.backbone_name != net.backbone_name:
+        raise UserError(f"--init {path} has another backbone: type --backbone {other.backbone_name}")
+    state = other.state_dict()
+    if other.num_classes != net.num_classes:
+        print(f"{path} knows {other.num_classes} classes, not {net.num_classes}: the two classifiers "
+              "start at random")
+        state |= {name: value for name, value in net.state_dict().items() if ".conv_seg." in name}
+    net.load_state_dict(state)
+
+
+def write_checkpoint(checkpoint, path):
+    """Write `path` whole or not at all: at every moment it is the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} after iteration {checkpoint['step']} "
+                        f"({str(error).splitlines()[0]}): {kept(path)}") from error
+
+
+def kept(path):
+    """A clause on what a run that has to end leaves behind, for its last message."""
+    if not path.exists():
+        return "there is no checkpoint yet"
+    return f"{path} holds iteration {read_checkpoint(path)['step']}, --resume goes on from there"
+
+
+def read_run(out, recipe):
+    """The checkpoint out/last.pt. Raises UserError where it is damaged or of another recipe."""
+    last, best = out / "last.pt", out / "best.pt"
+    if not last.exists():
+        raise UserError(f"{out} holds no run to go on with: leave --resume out, or give its --out")
+    try:
+        checkpoint = read_checkpoint(last)
+    except CheckpointError as error:
+        advice = "there is no other checkpoint, start again"
+        if best.exists():
+            advice = (f"{best} holds iteration {read_checkpoint(best)['step']}: copy it to {last} to "
+                      "go on from there")
+        raise UserError(f"{error}; {advice}") from error
+    if not isinstance(checkpoint, dict) or "recipe" not in checkpoint:
+        raise UserError(f"{last} was not written by train.py: use --init for weights from elsewhere")
+    changed = [f"{name} was {value} and is {recipe[name]}"
+               for name, value in checkpoint["recipe"].items() if value != recipe[name]]
+    if changed:
+        raise UserError(f"the recipe of {last} was another ({'; '.join(changed)}): resume with the "
+                        "old one, or start again with another --out")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def agree(value):
+    """The largest value that any process has. All of them must ask, and wait for each other."""
+    value = torch.tensor(value)
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def main(device, rank, world):
+    args = parse_args(device)
+    check_args(args, device, world)
+    out, last = Path(args.out), Path(args.out, "last.pt")
+    # torchrun --max-restarts repeats the same command when a process has crashed.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = args.resume or (restarted and last.exists())
+    if last.exists() and not resume:
+        raise UserError(f"{out} already holds a run: type --resume to go on with it, or --out for "
+                        "another folder")
+    train_set = Cityscapes(args.data, "train", args.cache)
+    val_set = Cityscapes(args.data, "val")
+    if args.coarse:
+        train_set.files += Cityscapes(args.data, "train_extra").files
+    recipe = {name: getattr(args, name, len(train_set)) for name in REFERENCE} | {"seed": args.seed}
+
+    # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)
+    net = PSPNet(NUM_CLASSES, args.backbone)
+    if rank == 0 and not resume:  # DistributedDataParallel hands rank 0's weights to the others
+        if args.init:
+            start_from(net, args.init)
+        elif args.weights != "none":
+            load_backbone(net, args.weights)
+    if world > 1 and device.type != "cpu":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.to(device, memory_format=memory_format(device))
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    step, validated, best_miou, losses, log_bytes = 0, 0, -1.0, [], 0
+    if resume:
+        checkpoint = read_run(out, recipe)
+        net.load_state_dict(checkpoint["state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, validated, best_miou, losses, log_bytes = (
+            checkpoint[name] for name in ("step", "validated", "best_miou", "losses", "log_bytes"))
+        del checkpoint
+    model = torch.compile(net) if args.compile else net
+    if world > 1:
+        model = DistributedDataParallel(model, [device] if device.type != "cpu" else None)
+
+    # Iteration i has samples i * args.batch_size and following, process r every world-th of them.
+    stream = TrainingStream(train_set, args.crop, args.seed)
+    samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
+    batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
+                              num_workers=args.workers, pin_memory=device.type != "cpu",
+                              worker_init_fn=ignore_signals))
+
+    if rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl", "ab" if resume else "wb")
+        except OSError as error:
+            raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
+        log.truncate(min(log_bytes, log.tell()))  # what came after the checkpoint comes again
+        print_recipe(args, recipe, device, world, len(val_set))
+
+    def note(event, **values):
+        if rank == 0:
+            log.write(json.dumps({"event": event, "step": step, **values}).encode() + b"\n")
+            log.flush()
+
+    def save(*names):
+        if not all(value.isfinite().all() for value in net.state_dict().values()):
+            raise UserError(f"the weights after iteration {step} are not finite: lower --lr; "
+                            f"{kept(last)}")
+        if rank == 0:
+            checkpoint = {
+                "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "validated": validated, "best_miou": best_miou, "losses": losses,
+                "log_bytes": log.tell(), "recipe": recipe}
+            for name in names:
+                write_checkpoint(checkpoint, out / name)
+        agree(0)  # that it is written, before anybody ends
+
+    stop_signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop_signals.append(number))
+
+    def stop():
+        raise Stopped(f"stopped; {last} holds iteration {step}, the same command with --resume goes "
+                      "on from there")
+
+    def read_losses():
+        """Move the losses of the latest iterations, the mean over all processes, to `losses`."""
+        values = torch.stack(recent) / world  # waits for the device
+        if world > 1:
+            dist.all_reduce(values)
+        for i, value in enumerate(values.tolist(), step - len(recent)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss of iteration {i + 1} is {value}, at learning rate "
+                    f"{poly_lr(i, args.iters, args.lr):.2g} and with samples {i * args.batch_size} "
+                    f"to {(i + 1) * args.batch_size - 1}: lower --lr; {kept(last)}")
+            losses.append(value)
+        recent.clear()
+
+    def validate():
+        nonlocal validated, best_miou
+        if world > 1:  # without SyncBatchNorm each process has statistics of its own
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+        rows = []
+
+        def look(i, image, label, prediction):
+            if stop_signals:
+                stop()  # last.pt is from before this validation, which will be done again
+            if len(rows) < 6 and rank == 0:
+                rows.append([photograph(image), colored(label), colored(prediction.cpu())])
+
+        scores = scores_of(evaluate(net, val_set, device, look, precision=args.precision,
+                                    workers=args.workers))
+        net.train()
+        better, validated = scores["miou"] > best_miou, step
+        best_miou = max(best_miou, scores["miou"])
+        note("validation", **scores)
+        if rank == 0:
+            save_sheet(out / f"val_{step:06}.png", rows)
+            print(format_scores(scores) if step == args.iters else
+                  f"iteration {step}: mIoU {100 * scores['miou']:.2f} %, pixel accuracy "
+                  f"{100 * scores['pixel_accuracy']:.2f} %", flush=True)
+        save(*["best.pt"] * better, "last.pt")  # in this order: last.pt never knows of more
+
+    if step == 0:
+        note("recipe", **recipe)
+    bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
+               mininterval=0.1 if sys.stderr.isatty() else 30)
+    recent, waiting, since = [], 0.0, time.perf_counter()  # losses still on the device; seconds
+    net.train()
+    while True:
+        if step > validated and (step % args.val_every == 0 or step == args.iters):
+            bar.clear()
+            validate()
+            waiting, since = 0.0, time.perf_counter()
+        if step == args.iters:
+            break
+
+        before = time.perf_counter()
+        image, label = next(batches)
+        waiting += time.perf_counter() - before
+        image = image.to(device, non_blocking=True)
+        label = label.to(device, non_blocking=True).long()
+        rate = optimizer.param_groups[0]["lr"] = poly_lr(step, args.iters, args.lr)
+        torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)  # for dropout
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            logits, aux_logits = model(image)
+            loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(loss.detach())
+        step += 1
+
+        stopping = agree(len(stop_signals)) > 0
+        ending = step % args.val_every == 0 or step == args.iters
+        if stopping or ending or step % args.save_every == 0 or step % LOG_EVERY == 0:
+            read_losses()
+        if step % LOG_EVERY == 0 or step == args.iters:
+            seconds = time.perf_counter() - since
+            speed = len(losses) * args.batch_size / seconds
+            loss = sum(losses) / len(losses)
+            losses.clear()
+            note("train", lr=rate, loss=loss, images_per_second=speed, waiting=waiting / seconds)
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
+                                f"{waiting / seconds:.0%} waiting for data")
+            waiting, since = 0.0, time.perf_counter()
+        if stopping or ending or step % args.save_every == 0:
+            save("last.pt")
+        if stopping:
+            stop()
+    bar.close()
+    if rank == 0:
+        print(f"the best mIoU, {100 * best_miou:.2f} %, is that of {out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    run(main, "lower --batch-size or --crop, or give --precision bf16, or use more GPUs")
