@@ -213,10 +213,15 @@ class Cityscapes(Dataset):
             found = {name: [image, None] for name, (image, _) in found.items()}
         unlabelled = [name for name, (_, label) in found.items() if label is None]
         if unlabelled and split != "test":
-            raise DataError(f"{len(unlabelled)} of {len(found)} images of {root}/leftImg8bit/{split}"
-                            f" have no label file; the first is {found[unlabelled[0]][0]}")
+            raise DataError(f"{len(unlabelled)} of the {len(found)} images of {split} have no label "
+                            f"file; the first is {found[unlabelled[0]][0]}")
         self.files = list(found.values())
         self.cache = Path(cache) if cache else None
+        if cache:
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"cannot make the cache folder {cache} ({error})") from error
 
     def __len__(self):
         return len(self.files)
@@ -252,7 +257,6 @@ def write_cache(path, image, ids):
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             np.save(file, np.concatenate([image.reshape(len(image), -1), ids], axis=1))
         os.replace(temporary, path)

@@ -13,6 +13,7 @@ prediction; intersection over union per class from that; the mean over the class
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -170,11 +171,11 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
-def ignore_signals(_):
-    """For the workers of a DataLoader: Ctrl-C and SIGTERM reach them as well, but it is for the
-    main process to decide when to end."""
+def outlive_signals(_):
+    """For the workers of a DataLoader, which Ctrl-C and SIGTERM often reach as well: the main
+    process needs them until it has saved what it has, for which it gets 20 seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
@@ -188,7 +189,7 @@ def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers,
-                        pin_memory=device.type != "cpu", worker_init_fn=ignore_signals)
+                        pin_memory=device.type != "cpu", worker_init_fn=outlive_signals)
     net.eval()
     waiting = working = rest = 0.0
     start = done = time.perf_counter()
@@ -341,6 +342,8 @@ def run(main, out_of_memory):
         rank, world, backend = 0, 1, "gloo"
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
+            # After a restart the store still holds the addresses of processes that have gone.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             if device.type != "cpu":
                 gpus, local_rank = torch.accelerator.device_count(), int(os.environ["LOCAL_RANK"])
                 if local_rank >= gpus:
@@ -352,17 +355,20 @@ def run(main, out_of_memory):
         code = main(device, rank, world)
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.exit(code)
     except (UserError, DataError, CheckpointError) as error:
         code, message = getattr(error, "exit_code", 2), f"{script}: {error}"
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, message = 1, traceback.format_exc()
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate" in str(error):
             code, message = 2, f"{script}: out of memory: {out_of_memory}"
-    else:
-        sys.exit(code)
     if store is None or store.add("failures", 1) == 1:
-        print(message, file=sys.stderr, flush=True)
-    sys.exit(code)
+        print(message, file=sys.stderr)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: Python would first wait for threads, and for processes that have gone
 
 
 def main(device, rank, world):
@@ -384,8 +390,8 @@ def main(device, rank, world):
     parser.add_argument("--json", metavar="FILE", help="write the scores and the protocol")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is autocast, for speed (fp32)")
-    parser.add_argument("--workers", type=int, default=4,
-                        help="processes that decode images, for each process (4)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count()),
+                        help="processes that decode images, for each GPU (4, or one per core)")
     args = parser.parse_args()
 
     folders = [Path(folder).resolve() for folder in (args.save_ids, args.save_color) if folder]

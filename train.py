@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cityscapes import (NUM_CLASSES, VOID, Cityscapes, TrainingStream, colored, photograph,
                         save_sheet)
-from evaluate import (Parser, UserError, evaluate, format_scores, ignore_signals, memory_format,
+from evaluate import (Parser, UserError, evaluate, format_scores, outlive_signals, memory_format,
                       run, scores_of)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
 
@@ -196,6 +196,23 @@ def read_run(out, recipe):
     return checkpoint
 
 
+def open_log(path, step, validated):
+    """The log, to write on, with only those of its lines that come before a checkpoint: it was made
+    after iteration `step`, and knows of validations up to that after iteration `validated`."""
+    before = []
+    for line in path.read_text().splitlines() if step > 0 and path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:  # the run was killed while it wrote
+            break
+        if event["step"] <= (validated if event["event"] == "validation" else step):
+            before.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(before))
+    os.replace(temporary, path)
+    return open(path, "a")
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -238,13 +255,13 @@ def main(device, rank, world):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=memory_format(device))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    step, validated, best_miou, losses, log_bytes = 0, 0, -1.0, [], 0
+    step, validated, best_miou, losses = 0, 0, -1.0, []
     if resume:
         checkpoint = read_run(out, recipe)
         net.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, validated, best_miou, losses, log_bytes = (
-            checkpoint[name] for name in ("step", "validated", "best_miou", "losses", "log_bytes"))
+        step, validated, best_miou, losses = (
+            checkpoint[name] for name in ("step", "validated", "best_miou", "losses"))
         del checkpoint
     model = torch.compile(net) if args.compile else net
     if world > 1:
@@ -255,21 +272,19 @@ def main(device, rank, world):
     samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
                               num_workers=args.workers, pin_memory=device.type != "cpu",
-                              worker_init_fn=ignore_signals))
+                              worker_init_fn=outlive_signals))
 
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "log.jsonl", "ab" if resume else "wb")
+            log = open_log(out / "log.jsonl", step, validated)
         except OSError as error:
             raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
-        log.truncate(min(log_bytes, log.tell()))  # what came after the checkpoint comes again
         print_recipe(args, recipe, device, world, len(val_set))
 
     def note(event, **values):
         if rank == 0:
-            log.write(json.dumps({"event": event, "step": step, **values}).encode() + b"\n")
-            log.flush()
+            print(json.dumps({"event": event, "step": step, **values}), file=log, flush=True)
 
     def save(*names):
         if not all(value.isfinite().all() for value in net.state_dict().values()):
@@ -278,8 +293,7 @@ def main(device, rank, world):
         if rank == 0:
             checkpoint = {
                 "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "validated": validated, "best_miou": best_miou, "losses": losses,
-                "log_bytes": log.tell(), "recipe": recipe}
+                "validated": validated, "best_miou": best_miou, "losses": losses, "recipe": recipe}
             for name in names:
                 write_checkpoint(checkpoint, out / name)
         agree(0)  # that it is written, before anybody ends

@@ -1,0 +1,275 @@
+"""Speed, memory and repeatability on an accelerator; pytest does not collect this. Each line that it prints is JSON.
+
+    python tests/bench_gpu.py train             # images/s and peak memory of a training step in every setting, in turn
+    python tests/bench_gpu.py eval              # the same for whole 1024x2048 images
+    python tests/bench_gpu.py profile           # where the time of the fastest training step goes
+    python tests/bench_gpu.py loader --data DIR # images/s that the cores can make, from PNG and from the cache
+    python tests/bench_gpu.py bytes --data DIR  # are two runs of 200 iterations, and one stopped and resumed, the same bytes?
+
+With mmsegmentation 1.2.2, mmengine and mmcv-lite installed, `train` and `eval` measure its model as well. On a CPU use a small
+--crop and --batch-size, to see that everything runs.
+"""
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(SCRIPTS))
+
+from cityscapes import Cityscapes, TrainingStream  # noqa: E402
+from evaluate import predict  # noqa: E402
+from pspnet import PSPNet, PyramidHead, count_gflops  # noqa: E402
+from train import segmentation_loss  # noqa: E402
+
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+EXACT = PyramidHead.forward
+
+
+def synchronize():
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def timed(work, images, seconds=6.0):
+    """images/s and peak memory of work(), after three calls to warm up, over about `seconds`."""
+    for _ in range(3):
+        work()
+    synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - start < seconds:
+        for _ in range(3):
+            work()
+        calls += 3
+        synchronize()
+    rate = images * calls / (time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+    return {"images_per_s": round(rate, 2), "ms_per_step": round(1000 * images / rate, 2), "peak_gib": memory and round(memory, 2)}
+
+
+def emit(**values):
+    print(json.dumps(values), flush=True)
+
+
+def machine():
+    emit(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
+         cores=os.cpu_count(), cudnn=torch.backends.cudnn.version())
+    n = 8192 if DEVICE.type != "cpu" else 1024
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rate = timed(lambda: a @ b, 1, seconds=2)["images_per_s"]
+    emit(matrix_product_tflops=round(2 * n**3 * rate / 1e12, 1))
+
+
+def our_step(args, precision, channels_last, compiled, textbook=False, deterministic=True):
+    """One training step of train.py with data on the device already."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+    PyramidHead.forward = PyramidHead.textbook_forward if textbook else EXACT
+    net = PSPNet(backbone=args.backbone).to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    net.train()
+    model = torch.compile(net) if compiled else net
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    image = torch.randint(256, (args.batch_size, 3, *args.crop), dtype=torch.uint8, device=DEVICE)
+    label = torch.randint(19, (args.batch_size, *args.crop), device=DEVICE)
+
+    def step():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits, aux_logits = model(image)
+            loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def mmsegmentation():
+    """Its recipe's config, with a stand-in for mmcv's compiled extension, which PSPNet never calls."""
+    if importlib.util.find_spec("mmseg") is None:
+        return None
+    if "mmcv._ext" not in sys.modules:
+        stub = types.ModuleType("mmcv._ext")
+        stub.__getattr__ = lambda name: (lambda *a, **k: None) if not name.startswith("__") else (_ for _ in ()).throw(AttributeError(name))
+        stub.__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)
+        sys.modules["mmcv._ext"] = stub
+    import mmseg
+    from mmengine.config import Config
+    from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=True)
+    folder = Path(mmseg.__file__).parent / ".mim/configs/pspnet"
+    config = Config.fromfile(folder / "pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")
+
+    def plain(value):  # SyncBN needs a process group; one process has nothing to synchronise
+        if isinstance(value, dict):
+            if value.get("type") == "SyncBN":
+                value["type"] = "BN"
+            for child in value.values():
+                plain(child)
+
+    plain(config.model)
+    config.model.pretrained = config.model.backbone.init_cfg = None
+    return config
+
+
+def their_step(args, config, amp):
+    """One training step as mmengine's loop does it, images as bytes on the device already."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.structures import PixelData
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = True  # its default_runtime.py
+    config.model.data_preprocessor.size = tuple(args.crop)
+    model = MODELS.build(config.model).to(DEVICE).train()
+    wrapper = dict(config.optim_wrapper)
+    if amp:
+        wrapper |= {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}
+    optimizer = build_optim_wrapper(model, wrapper)
+    images = list(torch.randint(256, (args.batch_size, 3, *args.crop), dtype=torch.uint8, device=DEVICE))
+    labels = torch.randint(19, (args.batch_size, 1, *args.crop), device=DEVICE)
+
+    def step():
+        samples = []
+        for label in labels:
+            sample = SegDataSample()
+            sample.gt_sem_seg = PixelData(data=label)
+            samples.append(sample)
+        model.train_step({"inputs": list(images), "data_samples": samples}, optimizer)
+
+    return step
+
+
+def attempt(measure, what, build, images):
+    """Measure one setting; a setting that fails is a line as well."""
+    try:
+        emit(measure=measure, setting=what, **timed(build(), images))
+    except Exception as error:
+        emit(measure=measure, setting=what, error=str(error).splitlines()[0])
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bench_train(args):
+    with torch.device("meta"):
+        gflops = count_gflops(PSPNet(backbone=args.backbone), (args.batch_size, 3, *args.crop), training=True)
+    emit(gflops_per_step=round(gflops, 1))
+    settings = {"fp32, TF32": ("fp32", False, False), "bf16": ("bf16", False, False), "bf16, channels last": ("bf16", True, False)}
+    if args.compile:
+        settings["bf16, channels last, compiled"] = ("bf16", True, True)
+    for _ in range(args.rounds):
+        for what, setting in settings.items():
+            attempt("train", what, lambda setting=setting: our_step(args, *setting), args.batch_size)
+        attempt("train", f"{what}, textbook's head", lambda: our_step(args, *setting, textbook=True), args.batch_size)
+        attempt("train", f"{what}, not deterministic", lambda: our_step(args, *setting, deterministic=False), args.batch_size)
+        PyramidHead.forward = EXACT
+        config = mmsegmentation()
+        if config:
+            attempt("train", "mmsegmentation as it ships", lambda: their_step(args, config, False), args.batch_size)
+            attempt("train", "mmsegmentation, its AMP", lambda: their_step(args, config, True), args.batch_size)
+
+
+def bench_eval(args):
+    size = [2 * length for length in args.crop]
+    image = torch.randint(256, (3, *size), dtype=torch.uint8, device=DEVICE)
+    for precision in ("fp32", "bf16"):
+        for channels_last in (False, True):
+            net = PSPNet(backbone=args.backbone).to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+            def work(net=net.eval(), precision=precision):
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+                    predict(net, image)
+
+            attempt("eval", f"{precision}{', channels last' * channels_last}", lambda work=work: work, 1)
+    config = mmsegmentation()
+    if config:
+        from mmseg.registry import MODELS
+        from mmseg.structures import SegDataSample
+        model = MODELS.build(config.model).to(DEVICE).eval()
+        sample = SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4})
+
+        def theirs():
+            with torch.no_grad():
+                model.test_step({"inputs": [image], "data_samples": [sample]})
+
+        attempt("eval", "mmsegmentation's test_step", lambda: theirs, 1)
+
+
+def bench_profile(args):
+    step = our_step(args, "bf16", DEVICE.type == "cuda", args.compile)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as profile:
+        step()
+        synchronize()
+    print(profile.key_averages().table(sort_by=f"self_{'cuda' if DEVICE.type == 'cuda' else 'cpu'}_time_total", row_limit=25))
+
+
+def bench_loader(args):
+    with tempfile.TemporaryDirectory() as cache:
+        for what, folder in (("from PNG", None), ("filling the cache", cache), ("from the cache", cache)):
+            stream = TrainingStream(Cityscapes(args.data, "train", folder), args.crop)
+            for workers in sorted({1, 2, os.cpu_count() // 2, os.cpu_count()}):
+                loader = DataLoader(stream, args.batch_size, sampler=range(args.samples), num_workers=workers)
+                batches = iter(loader)
+                next(batches)
+                start, images = time.perf_counter(), 0
+                for image, _ in batches:
+                    images += len(image)
+                emit(measure="loader", setting=what, workers=workers, images_per_s=round(images / (time.perf_counter() - start), 1))
+
+
+def bench_bytes(args):
+    def digest(out, *extra):
+        command = [sys.executable, SCRIPTS / "train.py", "--data", args.data, "--out", out, "--backbone", args.backbone, "--weights", "none",
+                   "--crop", *args.crop, "--batch-size", args.batch_size, "--iters", args.iters, "--val-every", args.iters,
+                   "--save-every", max(1, args.iters // 4), *extra]
+        start = time.perf_counter()
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        state = torch.load(Path(out) / "last.pt", weights_only=True)
+        tensors = [*state["state_dict"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]
+        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16], time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        (first, seconds), (second, _) = digest(f"{folder}/a"), digest(f"{folder}/b")
+        # The third is stopped at its first checkpoint and resumed.
+        process = subprocess.Popen([sys.executable, SCRIPTS / "train.py", "--data", args.data, "--out", f"{folder}/c", "--backbone",
+                                    args.backbone, "--weights", "none", "--crop", *map(str, args.crop), "--batch-size", str(args.batch_size),
+                                    "--iters", str(args.iters), "--val-every", str(args.iters), "--save-every", str(max(1, args.iters // 4))],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not Path(folder, "c/last.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        process.wait()
+        third, _ = digest(f"{folder}/c", "--resume")
+        emit(measure="bytes", iterations=args.iters, seconds=round(seconds, 1), first=first, second=second, resumed=third,
+             same=first == second == third)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "eval", "profile", "loader", "bytes"), nargs="+")
+    parser.add_argument("--backbone", default="resnet50_v1c")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--data", default="data/cityscapes")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--iters", type=int, default=200)
+    arguments = parser.parse_args()
+    machine()
+    for name in arguments.what:
+        globals()[f"bench_{name}"](arguments)

@@ -1,0 +1,368 @@
+"""Training: the formulas, mmsegmentation's 20 steps, and the script as it runs, stops, fails and goes on."""
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MMSEG, SCRIPTS, run_script
+from fill import fill_state_dict, make_input, make_label
+from test_pspnet import images_for, relative_error
+from toy_cityscapes import draw_cityscapes
+
+import train
+from pspnet import PSPNet, load_net, read_checkpoint
+from train import poly_lr, segmentation_loss
+
+# The smallest run that has everything: a ResNet-18, 8 drawn scenes, 2 crops an iteration.
+SMALL = ["--backbone", "resnet18", "--weights", "none", "--crop", 40, 64, "--batch-size", 4, "--workers", 1]
+
+
+def small_run(toy, out, *arguments, **options):
+    return run_script("train.py", "--data", toy, "--out", out, *SMALL, *arguments, **options)
+
+
+def events(out):
+    """The lines of log.jsonl without what depends on the speed of the machine."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in lines]
+
+
+def assert_same_run(out, reference):
+    """Weights, momentum, everything else in last.pt and best.pt, and the log: identical, to the byte."""
+    assert events(out) == events(reference)
+    for name in ("last.pt", "best.pt"):
+        assert_equal(read_checkpoint(out / name), read_checkpoint(reference / name), name)
+
+
+def assert_equal(a, b, where):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}[{key}]")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes(), where
+    else:
+        assert a == b, where
+
+
+# Formulas -----------------------------------------------------------------------------------------
+
+
+def test_learning_rate_is_mmsegmentations_at_every_recorded_iteration():
+    for step, rate in MMSEG["lr"].items():
+        assert abs(poly_lr(step, 40_000) - rate) < 1e-12
+    assert poly_lr(0, 1) == 0.01
+
+
+def test_loss_is_the_sum_over_labelled_pixels_over_all_pixels():
+    logits = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    label = torch.randint(0, 5, (2, 3, 4))
+    label[0, 0], label[1, 2, 3] = 255, 255
+    total = 0.0
+    for b in range(2):
+        for y in range(3):
+            for x in range(4):
+                if label[b, y, x] != 255:
+                    exponentials = [math.exp(v) for v in logits[b, :, y, x].tolist()]
+                    total -= math.log(exponentials[label[b, y, x]] / sum(exponentials))
+    assert segmentation_loss(logits, label).item() == pytest.approx(total / 24, abs=1e-12)
+
+
+def test_loss_of_void_is_zero_with_zero_gradient_and_one_labelled_pixel_counts_as_one():
+    logits = torch.randn(1, 5, 3, 4, requires_grad=True)
+    label = torch.full((1, 3, 4), 255)
+    loss = segmentation_loss(logits, label)
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+    label[0, 1, 2] = 3
+    assert segmentation_loss(logits, label).item() == pytest.approx(-logits[0, :, 1, 2].log_softmax(0)[3].item() / 12, rel=1e-5)
+
+
+def test_twenty_steps_of_sgd_equal_mmsegmentations():
+    recorded = MMSEG["sgd20"]["r18b-d8", "float64"]
+    net = PSPNet(backbone="resnet18")
+    net.load_state_dict(fill_state_dict(net.state_dict()))
+    net.double().train()
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    for step, expected in enumerate(recorded["loss"]):
+        optimizer.param_groups[0]["lr"] = poly_lr(step, 80_000)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(recorded["lr"][step], abs=1e-12)
+        logits, aux_logits = net(images_for(make_input((2, 3, 128, 256), f"step{step}").double()))
+        label = make_label(2, 128, 256, name=f"step{step}")
+        loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
+        assert loss.item() == pytest.approx(expected, rel=1e-7), step
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = net.state_dict()
+    for name, expected in recorded["final"].items():
+        assert relative_error(state[name].flatten()[:64].double(), expected["first64"]) < 1e-7, name
+        assert state[name].norm().item() == pytest.approx(expected["norm"], rel=1e-7), name
+
+
+def test_gradient_of_a_global_batch_does_not_depend_on_the_number_of_processes():
+    process = run_script("tests/ddp_gradient.py", processes=2)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 1e-12
+
+
+# The recipe ---------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_reference_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = train.parse_args(torch.device("cpu"))
+    recipe = {name: getattr(args, name, 2975) for name in train.REFERENCE}
+    assert recipe == train.REFERENCE
+    train.print_recipe(args, recipe, torch.device("cpu"), 1, 500)
+    assert capsys.readouterr().out.splitlines()[-1] == "departs from the reference in nothing"
+    train.print_recipe(args, recipe | {"lr": 0.02}, torch.device("cpu"), 2, 500)
+    departures = capsys.readouterr().out.splitlines()[-1]
+    assert "lr 0.02 (0.01)" in departures and "batch norm over 4 images" in departures
+    assert train.parse_args(torch.device("cuda")).precision == "bf16"
+
+
+# The script ---------------------------------------------------------------------------------------
+
+ITERATIONS = ["--iters", 12, "--val-every", 6, "--save-every", 2]
+
+
+@pytest.fixture(scope="module")
+def reference(toy, tmp_path_factory):
+    """A run of 12 iterations in one go."""
+    out = tmp_path_factory.mktemp("reference")
+    process = small_run(toy, out, *ITERATIONS)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_path):
+    out, process = reference
+    assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "val_000006.png", "val_000012.png"}
+    assert "departs from the reference in backbone resnet18 (resnet50_v1c); weights none (imagenet)" in process.stdout
+    assert "road " in process.stdout and "of 19 classes" in process.stdout
+    assert "images/s" in process.stderr and "waiting for data" in process.stderr and "loss" in process.stderr
+    log = events(out)
+    assert [(line["event"], line["step"]) for line in log] == [
+        ("recipe", 0), ("validation", 6), ("train", 10), ("train", 12), ("validation", 12)]
+    assert log[2]["lr"] == poly_lr(9, 12) and log[3]["lr"] == poly_lr(11, 12) == 1e-4
+    best = max(line["miou"] for line in log if line["event"] == "validation")
+    assert read_checkpoint(out / "last.pt")["best_miou"] == best
+    process = run_script("evaluate.py", "--ckpt", out / "best.pt", "--data", toy, "--json", tmp_path / "scores.json")
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["miou"] == best  # the same function, the same network
+
+
+def test_training_learns(toy, tmp_path):
+    process = small_run(toy, tmp_path, "--iters", 60, "--val-every", 60)
+    assert process.returncode == 0, process.stderr
+    log = events(tmp_path)
+    losses = [line["loss"] for line in log if line["event"] == "train"]
+    assert losses[-1] < 0.6 * losses[0]
+    assert log[-1]["pixel_accuracy"] > 0.55  # always answering sidewalk, the largest class, gives 0.3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(toy, tmp_path, processes, reference):
+    """SIGTERM to torchrun or to the script; all processes save, say how to go on, and end within seconds."""
+    whole = reference[0]
+    if processes > 1:
+        whole = tmp_path / "whole"
+        assert small_run(toy, whole, *ITERATIONS, processes=processes).returncode == 0
+    out = tmp_path / "stopped"
+    command = [sys.executable, SCRIPTS / "train.py", "--data", toy, "--out", out, *map(str, SMALL + ITERATIONS)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=30)[1]
+    assert time.monotonic() - start < 20
+    assert process.returncode != 0
+    step = read_checkpoint(out / "last.pt")["step"]
+    assert 2 <= step < 12
+    assert message.count(f"train.py: stopped; {out}/last.pt holds iteration {step}, the same command with --resume") == 1
+    assert "Traceback" not in message.split("torch/distributed/")[0]
+    resumed = small_run(toy, out, *ITERATIONS, "--resume", processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(out, whole)
+
+
+def test_a_run_that_is_killed_and_resumed_equals_one_in_one_go(toy, tmp_path, reference):
+    """SIGKILL at three moments; whatever is being written then, last.pt is whole."""
+    out, command = tmp_path, [sys.executable, SCRIPTS / "train.py", "--data", toy, "--out", tmp_path, *map(str, SMALL + ITERATIONS)]
+    for moment in (0.05, 0.4, 0.9):
+        process = subprocess.Popen([*command, *["--resume"] * (out / "last.pt").exists()], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
+        while process.poll() is None and not ((out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert small_run(toy, out, *ITERATIONS, "--resume").returncode == 0
+    assert_same_run(out, reference[0])
+
+
+def children(pid):
+    """Process ids of the children of `pid`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_takes_the_others_with_it_and_a_restart_goes_on(toy, tmp_path, restarts):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}",
+         SCRIPTS / "train.py", "--data", toy, "--out", out, *map(str, SMALL + ITERATIONS)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    start, ranks = time.monotonic(), children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    errors = process.communicate(timeout=120)[1]
+    if restarts:
+        assert process.returncode == 0, errors
+        assert [line["step"] for line in events(out) if line["event"] == "train"] == [10, 12]
+        assert read_checkpoint(out / "last.pt")["step"] == 12
+    else:
+        assert process.returncode != 0
+        assert time.monotonic() - start < 60
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(toy, tmp_path, reference):
+    def limit():  # no file may become larger than a megabyte, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    process = small_run(toy, tmp_path / "new", *ITERATIONS, preexec_fn=limit)
+    assert process.returncode == 2
+    assert "cannot write" in process.stderr and "there is no checkpoint yet" in process.stderr
+    assert "Traceback" not in process.stderr
+    out = tmp_path / "old"
+    out.mkdir()
+    torch.save(read_checkpoint(reference[0] / "last.pt") | {"step": 8, "validated": 6}, out / "last.pt")
+    content = (out / "last.pt").read_bytes()
+    process = small_run(toy, out, *ITERATIONS, "--resume", preexec_fn=limit)
+    assert process.returncode == 2
+    assert f"{out}/last.pt holds iteration 8, --resume goes on from there" in process.stderr
+    assert (out / "last.pt").read_bytes() == content
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_what_one_needs_to_know(toy, tmp_path):
+    process = small_run(toy, tmp_path, *ITERATIONS, "--lr", 1e30)
+    assert process.returncode == 2, process.stderr
+    message = process.stderr.strip().splitlines()[-1]
+    assert "the loss of iteration 2 is nan, at learning rate 9.2e+29 and with samples 4 to 7" in message
+    assert "there is no checkpoint yet" in message
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_init_takes_all_weights_but_the_classifiers_of_other_classes(tmp_path, capsys):
+    torch.manual_seed(0)
+    for num_classes in (19, 7):
+        other, net = PSPNet(num_classes, "resnet18"), PSPNet(19, "resnet18")
+        random = net.state_dict()["decode_head.conv_seg.weight"].clone()
+        torch.save({"state_dict": other.state_dict()}, tmp_path / "other.pt")
+        train.start_from(net, tmp_path / "other.pt")
+        expected = other.state_dict()
+        for name, value in net.state_dict().items():
+            if num_classes == 19 or ".conv_seg." not in name:
+                assert torch.equal(value, expected[name]), name
+        assert torch.equal(net.state_dict()["decode_head.conv_seg.weight"], random) == (num_classes == 7)
+        assert ("7 classes, not 19" in capsys.readouterr().out) == (num_classes == 7)
+    with pytest.raises(train.UserError, match="--backbone resnet18"):
+        train.start_from(PSPNet(19, "resnet18_v1c"), tmp_path / "other.pt")
+
+
+def test_coarse_labels_the_cache_and_bfloat16_train(tmp_path):
+    root = draw_cityscapes(tmp_path / "data", {"train": 4, "val": 1, "train_extra": 3}, (40, 64))
+    for path in list((root / "gtFine/train_extra").glob("*/*")):
+        target = root / "gtCoarse/train_extra" / path.parent.name / path.name.replace("gtFine", "gtCoarse")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    process = small_run(root, tmp_path / "run", "--iters", 2, "--coarse", "--precision", "bf16", "--cache", tmp_path / "cache")
+    assert process.returncode == 0, process.stderr
+    assert "7 images to train on" in process.stdout
+    assert "coarse True (False)" in process.stdout and "precision bf16 (fp32)" in process.stdout
+    assert len(list((tmp_path / "cache").iterdir())) == 7
+    assert math.isfinite(events(tmp_path / "run")[1]["loss"])
+    assert all(v.dtype != torch.bfloat16 for v in read_checkpoint(tmp_path / "run/last.pt")["state_dict"].values())
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_mistakes_end_with_exit_code_2_and_one_sentence(toy, tmp_path, reference, mistake, monkeypatch):
+    def wrong(*arguments, words, data=toy, out=tmp_path / "run"):
+        mistake("train.py", "--data", data, "--out", out, *SMALL, *arguments, words=words)
+
+    out = reference[0]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    (tmp_path / "file").touch()
+    wrong(data=tmp_path / "nowhere", words=["no folder", "--data"])
+    wrong(data=toy / "leftImg8bit", words=[f"--data {toy}"])
+    wrong("--iters", 0, words=["positive"])
+    wrong("--iters", "many", words=["--iters", "many"])
+    wrong("--backbone", "vgg", words=["--backbone", "vgg", "resnet50_v1c"])
+    wrong("--batch-size", 1, words=["two images in each process", "--batch-size 2"])
+    wrong("--weights", "imagenet", words=["cannot download", "resnet18-f37072fd.pth", "--weights FILE"])
+    wrong("--weights", tmp_path / "none.pth", words=["no checkpoint file", "none.pth"])
+    wrong("--init", tmp_path / "none.pt", words=["no checkpoint file", "none.pt"])
+    wrong("--cache", tmp_path / "file", words=["cannot make the cache folder"])
+    wrong(out=tmp_path / "file/run", words=["cannot write to", "--out"])
+    wrong("--resume", words=["holds no run"])
+    wrong(*ITERATIONS, out=out, words=["already holds a run", "--resume", "--out"])
+    wrong(*ITERATIONS, "--lr", 0.02, "--seed", 1, "--resume", out=out, words=["lr was 0.01 and is 0.02", "seed was 0 and is 1"])
+
+
+@pytest.mark.parametrize(("batch_size", "words"), [(4, "shared by 3 processes: type --batch-size 6"), (3, "two images in each process.*--batch-size 6")])
+def test_batches_that_processes_cannot_share_are_a_mistake(monkeypatch, batch_size, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", str(batch_size)])
+    cpu = torch.device("cpu")
+    with pytest.raises(train.UserError, match=words):
+        train.check_args(train.parse_args(cpu), cpu, 3)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(toy, tmp_path, reference, mistake):
+    last, best = (reference[0] / name for name in ("last.pt", "best.pt"))
+    content = last.read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    arguments = ["--data", toy, "--out", tmp_path, *SMALL, *ITERATIONS, "--resume"]
+    mistake("train.py", *arguments, words=["last.pt cannot be read", "cut short", "start again"])
+    (tmp_path / "best.pt").write_bytes(best.read_bytes())
+    step = read_checkpoint(best)["step"]
+    mistake("train.py", *arguments, words=["cut short", f"best.pt holds iteration {step}: copy it to {tmp_path}/last.pt"])
+    torch.save({"state_dict": load_net(best).state_dict()}, tmp_path / "last.pt")
+    mistake("train.py", *arguments, words=["was not written by train.py", "--init"])
+
+
+def test_a_mistake_in_several_processes_is_said_once(toy, tmp_path):
+    process = small_run(toy, tmp_path, "--batch-size", 3, processes=2)
+    lines = [line for line in process.stderr.splitlines() if "train.py: " in line]
+    assert process.returncode != 0
+    assert lines == ["train.py: --batch-size 3 cannot be shared by 2 processes: type --batch-size 4"]
