@@ -11,6 +11,7 @@ benchmark: every labelled pixel of the split, at full resolution, into one matri
 prediction; intersection over union per class from that; the mean over the classes.
 """
 import argparse
+import errno
 import json
 import math
 import multiprocessing
@@ -358,12 +359,16 @@ def run(main, out_of_memory):
         sys.exit(code)
     except (UserError, DataError, CheckpointError) as error:
         code, message = getattr(error, "exit_code", 2), f"{script}: {error}"
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        code, message = 130, f"{script}: interrupted"
+    except Exception as error:
         code, message = 1, traceback.format_exc()
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate" in str(error):
             code, message = 2, f"{script}: out of memory: {out_of_memory}"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            code, message = 2, f"{script}: there is no space left to write: {error}"
     if store is None or store.add("failures", 1) == 1:
-        print(message, file=sys.stderr)
+        print("\n" * (world > 1) + message, file=sys.stderr)  # not behind another's progress bar
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()

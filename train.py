@@ -267,13 +267,6 @@ def main(device, rank, world):
     if world > 1:
         model = DistributedDataParallel(model, [device] if device.type != "cpu" else None)
 
-    # Iteration i has samples i * args.batch_size and following, process r every world-th of them.
-    stream = TrainingStream(train_set, args.crop, args.seed)
-    samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
-    batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
-                              num_workers=args.workers, pin_memory=device.type != "cpu",
-                              worker_init_fn=outlive_signals))
-
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -281,6 +274,13 @@ def main(device, rank, world):
         except OSError as error:
             raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
         print_recipe(args, recipe, device, world, len(val_set))
+
+    # Iteration i has samples i * args.batch_size and following, process r every world-th of them.
+    stream = TrainingStream(train_set, args.crop, args.seed)
+    samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
+    batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
+                              num_workers=args.workers, pin_memory=device.type != "cpu",
+                              worker_init_fn=outlive_signals))
 
     def note(event, **values):
         if rank == 0:
@@ -346,56 +346,61 @@ def main(device, rank, world):
                   f"{100 * scores['pixel_accuracy']:.2f} %", flush=True)
         save(*["best.pt"] * better, "last.pt")  # in this order: last.pt never knows of more
 
+    def validation_is_due():
+        return step % args.val_every == 0 or step == args.iters
+
     if step == 0:
         note("recipe", **recipe)
-    bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 30)
-    recent, waiting, since = [], 0.0, time.perf_counter()  # losses still on the device; seconds
     net.train()
-    while True:
-        if step > validated and (step % args.val_every == 0 or step == args.iters):
-            bar.clear()
-            validate()
-            waiting, since = 0.0, time.perf_counter()
-        if step == args.iters:
-            break
+    recent = []  # losses that are still on the device
+    waiting, since, since_step = 0.0, time.perf_counter(), step  # seconds, for the progress bar
+    with tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        while True:
+            if validation_is_due() and step > validated:
+                before = time.perf_counter()
+                bar.clear()
+                validate()
+                since += time.perf_counter() - before
+            if step == args.iters:
+                break
 
-        before = time.perf_counter()
-        image, label = next(batches)
-        waiting += time.perf_counter() - before
-        image = image.to(device, non_blocking=True)
-        label = label.to(device, non_blocking=True).long()
-        rate = optimizer.param_groups[0]["lr"] = poly_lr(step, args.iters, args.lr)
-        torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)  # for dropout
+            before = time.perf_counter()
+            image, label = next(batches)
+            waiting += time.perf_counter() - before
+            image = image.to(device, non_blocking=True)
+            label = label.to(device, non_blocking=True).long()
+            rate = optimizer.param_groups[0]["lr"] = poly_lr(step, args.iters, args.lr)
+            torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)  # for dropout
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            logits, aux_logits = model(image)
-            loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(loss.detach())
-        step += 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                logits, aux_logits = model(image)
+                loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recent.append(loss.detach())
+            step += 1
 
-        stopping = agree(len(stop_signals)) > 0
-        ending = step % args.val_every == 0 or step == args.iters
-        if stopping or ending or step % args.save_every == 0 or step % LOG_EVERY == 0:
-            read_losses()
-        if step % LOG_EVERY == 0 or step == args.iters:
-            seconds = time.perf_counter() - since
-            speed = len(losses) * args.batch_size / seconds
-            loss = sum(losses) / len(losses)
-            losses.clear()
-            note("train", lr=rate, loss=loss, images_per_second=speed, waiting=waiting / seconds)
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
-                                f"{waiting / seconds:.0%} waiting for data")
-            waiting, since = 0.0, time.perf_counter()
-        if stopping or ending or step % args.save_every == 0:
-            save("last.pt")
-        if stopping:
-            stop()
-    bar.close()
+            stopping = agree(len(stop_signals)) > 0
+            logging = step % LOG_EVERY == 0 or step == args.iters
+            saving = step % args.save_every == 0 or validation_is_due() or stopping
+            if logging or saving:
+                read_losses()
+            if logging:
+                seconds = time.perf_counter() - since
+                speed = (step - since_step) * args.batch_size / seconds
+                loss = sum(losses) / len(losses)
+                note("train", lr=rate, loss=loss, images_per_second=speed, waiting=waiting / seconds)
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
+                                    f"{waiting / seconds:.0%} waiting for data")
+                losses.clear()
+                waiting, since, since_step = 0.0, time.perf_counter(), step
+            if saving:
+                save("last.pt")
+            if stopping:
+                stop()
     if rank == 0:
         print(f"the best mIoU, {100 * best_miou:.2f} %, is that of {out / 'best.pt'}")
 

@@ -41,10 +41,12 @@ def assert_mistake(process, *words):
 def mistake(monkeypatch, capsys):
     """Call mistake(script, *arguments, words=[...]): run the script's own entry point in this process (starting Python takes
     seconds); it must end like a user's mistake, as assert_mistake says."""
+    leave, pid = os._exit, os.getpid()
+
     def check(script, *arguments, words):
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.setattr(os, "_exit", sys.exit)
+        monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code) if os.getpid() == pid else leave(code))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             evaluate.run(module.main, "")

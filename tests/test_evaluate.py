@@ -91,10 +91,18 @@ def frames(root, split):
     return {path.name.replace("_gtFine_labelIds.png", ""): png(path) for path in root.glob(f"gtFine/{split}/*/*_labelIds.png")}
 
 
-def test_script_scores_by_the_official_rules_what_it_saves(toy, checkpoint, tmp_path):
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--save-ids", tmp_path / "ids",
-                         "--save-color", tmp_path / "color", "--json", tmp_path / "scores.json")
+@pytest.fixture(scope="module")
+def evaluated(toy, checkpoint, tmp_path_factory):
+    """What evaluate.py prints, and the folder where it wrote everything it can, for the validation split."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--save-ids", folder / "ids",
+                         "--save-color", folder / "color", "--json", folder / "scores.json")
     assert process.returncode == 0, process.stderr
+    return process, folder
+
+
+def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
+    process, tmp_path = evaluated
     truths, result = frames(toy, "val"), json.loads((tmp_path / "scores.json").read_text())
     assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == sorted(f"{name}.png" for name in truths)
     official = official_scores((truth, png(tmp_path / "ids" / f"{name}.png")) for name, truth in truths.items())
@@ -120,15 +128,13 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, checkpoint, tmp_
         assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
 
 
-def test_several_processes_give_the_matrix_of_one(toy, checkpoint, tmp_path):
-    """5 images, which neither 2 nor 3 divides."""
-    results = []
-    for processes in (1, 2, 3):
-        process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--json", tmp_path / "scores.json", processes=processes)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count(" of 19 classes") == 1
-        results.append(json.loads((tmp_path / "scores.json").read_text()))
-    assert results[0] == results[1] == results[2]
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_scores_of_one(toy, checkpoint, evaluated, tmp_path, processes):
+    """5 images, which neither 2 nor 3 divides; the confusion matrix is among what must be identical."""
+    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--json", tmp_path / "scores.json", processes=processes)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(" of 19 classes") == 1
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((evaluated[1] / "scores.json").read_text())
 
 
 def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path):

@@ -163,47 +163,58 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_p
 
 
 def test_training_learns(toy, tmp_path):
-    process = small_run(toy, tmp_path, "--iters", 60, "--val-every", 60)
+    process = small_run(toy, tmp_path, "--iters", 30, "--val-every", 30)
     assert process.returncode == 0, process.stderr
     log = events(tmp_path)
     losses = [line["loss"] for line in log if line["event"] == "train"]
-    assert losses[-1] < 0.6 * losses[0]
-    assert log[-1]["pixel_accuracy"] > 0.55  # always answering sidewalk, the largest class, gives 0.3
+    assert losses[-1] < 0.85 * losses[0]
+    assert log[-1]["pixel_accuracy"] > 0.45  # always answering sidewalk, the largest class, gives 0.3
+
+
+@pytest.fixture(scope="module")
+def reference_of_two(toy, tmp_path_factory):
+    """The same run by two processes."""
+    out = tmp_path_factory.mktemp("reference_of_two")
+    process = small_run(toy, out, *ITERATIONS, processes=2)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def start(toy, out, processes, *torchrun_options):
+    """Start a run and return it once its first checkpoint is there."""
+    command = [sys.executable, SCRIPTS / "train.py", "--data", toy, "--out", out, *map(str, SMALL + ITERATIONS)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun_options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(toy, tmp_path, processes, reference):
-    """SIGTERM to torchrun or to the script; all processes save, say how to go on, and end within seconds."""
-    whole = reference[0]
-    if processes > 1:
-        whole = tmp_path / "whole"
-        assert small_run(toy, whole, *ITERATIONS, processes=processes).returncode == 0
-    out = tmp_path / "stopped"
-    command = [sys.executable, SCRIPTS / "train.py", "--data", toy, "--out", out, *map(str, SMALL + ITERATIONS)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (out / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    start = time.monotonic()
+def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(toy, tmp_path, processes, request):
+    """SIGTERM to the script, or to torchrun: all processes save, say how to go on, and end within seconds."""
+    reference = request.getfixturevalue("reference" if processes == 1 else "reference_of_two")[0]
+    process = start(toy, tmp_path, processes)
+    since = time.monotonic()
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=30)[1]
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - since < 20
     assert process.returncode != 0
-    step = read_checkpoint(out / "last.pt")["step"]
+    step = read_checkpoint(tmp_path / "last.pt")["step"]
     assert 2 <= step < 12
-    assert message.count(f"train.py: stopped; {out}/last.pt holds iteration {step}, the same command with --resume") == 1
+    assert message.count(f"train.py: stopped; {tmp_path}/last.pt holds iteration {step}, the same command with --resume") == 1
     assert "Traceback" not in message.split("torch/distributed/")[0]
-    resumed = small_run(toy, out, *ITERATIONS, "--resume", processes=processes)
+    resumed = small_run(toy, tmp_path, *ITERATIONS, "--resume", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(out, whole)
+    assert_same_run(tmp_path, reference)
 
 
 def test_a_run_that_is_killed_and_resumed_equals_one_in_one_go(toy, tmp_path, reference):
-    """SIGKILL at three moments; whatever is being written then, last.pt is whole."""
+    """SIGKILL at two moments; whatever is being written then, last.pt is whole."""
     out, command = tmp_path, [sys.executable, SCRIPTS / "train.py", "--data", toy, "--out", tmp_path, *map(str, SMALL + ITERATIONS)]
-    for moment in (0.05, 0.4, 0.9):
+    for moment in (0.05, 0.5):
         process = subprocess.Popen([*command, *["--resume"] * (out / "last.pt").exists()], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, start_new_session=True)
         before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
@@ -229,44 +240,40 @@ def children(pid):
     return found
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_process_that_dies_takes_the_others_with_it_and_a_restart_goes_on(toy, tmp_path, restarts):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}",
-         SCRIPTS / "train.py", "--data", toy, "--out", out, *map(str, SMALL + ITERATIONS)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (out / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    start, ranks = time.monotonic(), children(process.pid)
+def test_a_process_that_is_killed_is_restarted_and_the_run_equals_one_in_one_go(toy, tmp_path, reference_of_two):
+    process = start(toy, tmp_path, 2, "--max-restarts=1")
+    ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     errors = process.communicate(timeout=120)[1]
-    if restarts:
-        assert process.returncode == 0, errors
-        assert [line["step"] for line in events(out) if line["event"] == "train"] == [10, 12]
-        assert read_checkpoint(out / "last.pt")["step"] == 12
-    else:
-        assert process.returncode != 0
-        assert time.monotonic() - start < 60
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path, reference_of_two[0])
+
+
+def test_an_error_of_one_process_ends_all_of_them_and_is_what_one_reads(tmp_path):
+    """An image that only process 1 reads is broken: within a minute everything is gone, and its name is the only message."""
+    root = draw_cityscapes(tmp_path / "data", {"train": 8, "val": 1}, (40, 64))
+    stream = train.TrainingStream(train.Cityscapes(root, "train"))
+    broken = stream.dataset.files[stream.index(5)][0]  # sample 5 is in iteration 1, and process 5 % 2 has it
+    broken.write_bytes(broken.read_bytes()[:200])
+    since = time.monotonic()
+    process = small_run(root, tmp_path / "run", *ITERATIONS, processes=2)  # returns when no process holds its output any more
+    assert time.monotonic() - since < 60
+    assert process.returncode != 0
+    lines = [line for line in process.stderr.splitlines() if "train.py: " in line or "Error" in line and "ChildFailed" not in line]
+    assert lines == [f"train.py: cannot decode {broken} (it is cut short): download or unpack it again"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(toy, tmp_path, reference):
     def limit():  # no file may become larger than a megabyte, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    process = small_run(toy, tmp_path / "new", *ITERATIONS, preexec_fn=limit)
-    assert process.returncode == 2
-    assert "cannot write" in process.stderr and "there is no checkpoint yet" in process.stderr
-    assert "Traceback" not in process.stderr
-    out = tmp_path / "old"
-    out.mkdir()
+    out = tmp_path
     torch.save(read_checkpoint(reference[0] / "last.pt") | {"step": 8, "validated": 6}, out / "last.pt")
     content = (out / "last.pt").read_bytes()
     process = small_run(toy, out, *ITERATIONS, "--resume", preexec_fn=limit)
     assert process.returncode == 2
+    assert "cannot write" in process.stderr and "Traceback" not in process.stderr
     assert f"{out}/last.pt holds iteration 8, --resume goes on from there" in process.stderr
     assert (out / "last.pt").read_bytes() == content
     assert not list(out.glob("*.tmp"))
@@ -359,10 +366,3 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(toy, tmp_path, r
     mistake("train.py", *arguments, words=["cut short", f"best.pt holds iteration {step}: copy it to {tmp_path}/last.pt"])
     torch.save({"state_dict": load_net(best).state_dict()}, tmp_path / "last.pt")
     mistake("train.py", *arguments, words=["was not written by train.py", "--init"])
-
-
-def test_a_mistake_in_several_processes_is_said_once(toy, tmp_path):
-    process = small_run(toy, tmp_path, "--batch-size", 3, processes=2)
-    lines = [line for line in process.stderr.splitlines() if "train.py: " in line]
-    assert process.returncode != 0
-    assert lines == ["train.py: --batch-size 3 cannot be shared by 2 processes: type --batch-size 4"]
