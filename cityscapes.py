@@ -10,7 +10,8 @@ an endless stream of training samples.
     python cityscapes.py --data DIR --check  # and everything that is wrong with it
 
 The files are used as they come out of the official zip archives; nothing is prepared beforehand.
-For a data set of your own, edit LABELS: everything else derives from it.
+For a data set of your own, name the files as there and edit LABELS (with train ids 0, 1, 2, ...):
+everything else derives from it.
 """
 import argparse
 import hashlib
@@ -23,7 +24,6 @@ import uuid
 from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -98,11 +98,11 @@ COLORS[:NUM_CLASSES] = [label.color for label in CLASSES]
 
 
 class DataError(Exception):
-    """Something about the files is not as it must be: one sentence, for the user."""
+    """Something about the files is not as it must be. The text is a sentence for the user."""
 
     def __init__(self, message):
-        # A DataLoader raises a worker's exception again with the whole traceback as its message,
-        # and the sentence in its last line.
+        # A DataLoader makes the exception of a worker anew, from the text of the worker's whole
+        # traceback. Its last line has the sentence.
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
@@ -111,11 +111,12 @@ class DataError(Exception):
 
 
 def find_split(root, split):
-    """name -> [image path, label path], sorted by name; a path is None where the file is missing.
+    """SPLIT/CITY/NAME -> [image path, label path], sorted; None where there is no such file.
 
-    Images are root/leftImg8bit/split/CITY/*_leftImg8bit.png, labels root/gtFine/split/CITY/
-    *_gtFine_labelIds.png (gtCoarse for the split "train_extra"). Cities may be missing, other files
-    may lie about, upper and lower case don't matter. Raises DataError where folders are missing.
+    Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
+    NAME_gtFine_labelIds.png (gtCoarse for the split "train_extra"). Cities may be missing, other
+    files may lie about, upper and lower case don't matter. Raises DataError where the folder root,
+    leftImg8bit or gtFine is missing; a split without a folder has no files.
     """
     root = Path(root)
     if not root.is_dir():
@@ -125,12 +126,15 @@ def find_split(root, split):
     files = {}
     for position, (folder, ending) in enumerate(
             (("leftImg8bit", "_leftImg8bit.png"), (kind, f"_{kind}_labelIds.png"))):
-        paths = [Path(parent) / name for parent, _, names in
-                 os.walk(subfolder(root, folder) / split, followlinks=True) for name in names]
+        top = subfolder(root, folder)
+        paths = [Path(parent, name) for name_of_split in os.listdir(top)
+                 if name_of_split.lower() == split
+                 for parent, _, names in os.walk(top / name_of_split, followlinks=True)
+                 for name in names]
         for path in paths:
             if path.name.lower().endswith(ending.lower()) and not path.name.startswith("."):
-                name = path.name[: -len(ending)].lower()
-                files.setdefault(name, [None, None])[position] = path
+                key = str(path.relative_to(top)).lower()[: -len(ending)]
+                files.setdefault(key, [None, None])[position] = path
     return dict(sorted(files.items()))
 
 
@@ -140,7 +144,7 @@ def subfolder(root, name):
         if path.name.lower() == name.lower() and path.is_dir():
             return path
     near = [folder for folder in [*root.resolve().parents[:2], *sorted(root.iterdir())]
-            if (folder / name).is_dir()]
+            if os.path.isdir(folder / name)]
     if near:
         raise DataError(f"{root} has no folder {name}, but {near[0]} has: type --data {near[0]}")
     archive = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip",
@@ -152,11 +156,12 @@ def subfolder(root, name):
 def decode(path, modes):
     """The pixels of an image file as a uint8 array: (H, W, 3) for modes ("RGB",), else (H, W).
 
-    Raises DataError, with the path, where it cannot be decoded to the end or has another mode.
+    Images of other modes are converted to RGB. Raises DataError, with the path, where the file
+    cannot be decoded to the end, or is a label of more than one byte a pixel.
     """
     try:
         data = path.read_bytes()
-        if data.startswith(b"\x89PNG") and not data.endswith(b"IEND\xaeB`\x82"):
+        if data.startswith(b"\x89PNG") and b"IEND\xaeB`\x82" not in data:
             raise ValueError("it is cut short")  # Pillow might not notice
         picture = Image.open(BytesIO(data))
         if modes == ("RGB",) and picture.mode != "RGB":
@@ -170,7 +175,7 @@ def decode(path, modes):
 
 
 def decode_pair(image_path, label_path):
-    """Image (H, W, 3) and label ids (H, W) of two files, uint8; ids are 0 where there is no label.
+    """Image (H, W, 3) and label ids (H, W) of two files, uint8; all ids are 0 without a label file.
     Raises DataError where one cannot be decoded or their sizes differ."""
     image = decode(image_path, ("RGB",))
     if label_path is None:
@@ -183,9 +188,11 @@ def decode_pair(image_path, label_path):
 
 
 def to_train_ids(ids, path):
-    """Train ids (uint8 tensor) of label ids (uint8 array of any shape). Raises DataError, naming
-    `path` and the values, where ids are not in LABELS."""
+    """Train ids (uint8 tensor) of the label ids (uint8 array of any shape) in the file `path`; all
+    void where that is None. Raises DataError where ids are not in LABELS."""
     ids = torch.from_numpy(ids)
+    if path is None:
+        return torch.full_like(ids, VOID)
     # What ID_TO_TRAIN_ID[ids] gives, three times as fast.
     train_ids = ID_TO_TRAIN_ID.index_select(0, ids.flatten().int()).view(ids.shape)
     unknown = train_ids == UNKNOWN
@@ -201,7 +208,8 @@ class Cityscapes(Dataset):
     withheld: all void here), or "train_extra" (19998, coarse labels).
 
     dataset[i] -> (image, label): uint8 tensors (3, H, W), RGB, and (H, W), train ids, 255 void.
-    With `cache`, a folder, each pair of files is decoded once, into a file of 4 H W bytes there.
+    With `cache`, a folder, each pair of files is decoded once, into a file of 4 H W bytes there (in
+    all 25 GB for train; those of files that have changed since stay, unused).
     Raises DataError for whatever is wrong with the files.
     """
 
@@ -213,8 +221,8 @@ class Cityscapes(Dataset):
             found = {name: [image, None] for name, (image, _) in found.items()}
         unlabelled = [name for name, (_, label) in found.items() if label is None]
         if unlabelled and split != "test":
-            raise DataError(f"{len(unlabelled)} of the {len(found)} images of {split} have no label "
-                            f"file; the first is {found[unlabelled[0]][0]}")
+            raise DataError(f"{len(unlabelled)} of the {len(found)} images of {split} have no "
+                            f"label file; the first is {found[unlabelled[0]][0]}")
         self.files = list(found.values())
         self.cache = Path(cache) if cache else None
         if cache:
@@ -243,7 +251,7 @@ class Cityscapes(Dataset):
         if not path.exists():
             write_cache(path, *decode_pair(*self.files[i]))
         try:
-            rows = np.load(path, mmap_mode="c")
+            rows = np.load(path, mmap_mode="c")  # (H, 4 W); writable in memory, which torch wants
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"cannot read the cache file {path} ({error}): remove it") from error
         width = rows.shape[1] // 4
@@ -269,7 +277,7 @@ def write_cache(path, image, ids):
 # ------------------------------------------------------------------------------------------------
 # Training samples
 
-PADDING = (124, 116, 104)  # the mean color of ImageNet, which the network's normalisation makes 0
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes 0 (to 0.01)
 
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
@@ -280,11 +288,12 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     the grey axis (degrees; red to yellow to green is positive).
 
     mmsegmentation does the four one after the other, the last two in HSV. Brightness and contrast
-    are the same here, but for its rounding and clipping to 0..255 after each. Saturation and hue
-    are not: HSV keeps the largest of R, G and B where this keeps their mean. On the photographs of
-    CamVid the two differ by 2.9 grey levels on average at saturation 1.5 and 2.6 at 0.5 (which
-    change a photograph by 3.0 and 2.7), and by 1.6 at a hue of 36 (which changes it by 2.5); at
-    most, in the most saturated colors, by 86 and 66.
+    are the same here, except for its rounding and clipping to 0..255 after each. Saturation and hue
+    are distortions of the same strength, but not the same: HSV keeps the largest of R, G and B
+    where this keeps their mean. On the photographs of CamVid the two differ, in grey levels, by 2.9
+    on average at saturation 1.5 and by 2.6 at 0.5, of the 3.0 and 2.7 by which these change a
+    photograph, and by 1.6 at hue 36, of 2.5. In the most saturated colors saturation differs by up
+    to 86, hue by up to 66.
     """
     angle = math.radians(hue)
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
@@ -307,7 +316,8 @@ class TrainingStream(Dataset):
 
     Everything random about it is a function of (seed, k) alone. So a run's data do not depend on
     how many workers or processes read them, and a run that is resumed at sample k reads none of
-    those before. Samples 0 to N-1 are a permutation of the N images, N to 2N-1 another, and so on.
+    those before. Samples 0 to N-1 are a permutation of the N images, N to 2N-1 another, and so on
+    without an end: DataLoader(stream, sampler=range(first, last)) reads some.
 
     A sample, as in mmsegmentation 1.2.2 (RandomResize, RandomCrop, RandomFlip,
     PhotoMetricDistortion): scale uniform in 0.5 to 2; a crop in which no class has 75 % of the
@@ -329,11 +339,11 @@ class TrainingStream(Dataset):
         i = self.index(k)
         image, ids = self.dataset.read(i)  # (H, W, 3), (H, W)
 
-        random = np.random.default_rng([self.seed, 1, k])
-        scale = random.uniform(0.5, 2.0)
-        mirrored = random.random() < 0.5
+        rng = np.random.default_rng([self.seed, 1, k])
+        scale = rng.uniform(0.5, 2.0)
+        mirrored = rng.random() < 0.5
         brightness, contrast, saturation, hue = (
-            random.uniform(low, high) if random.random() < 0.5 else neutral
+            rng.uniform(low, high) if rng.random() < 0.5 else neutral
             for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0)))
 
         # Only what is under the crop is resized: a window of the photograph of about crop / scale.
@@ -341,14 +351,14 @@ class TrainingStream(Dataset):
         window_height, new_height = window_and_size(height, crop_height, scale)
         window_width, new_width = window_and_size(width, crop_width, scale)
         for _ in range(11):
-            top = random.integers(height - window_height + 1)
-            left = random.integers(width - window_width + 1)
+            top = rng.integers(height - window_height + 1)
+            left = rng.integers(width - window_width + 1)
             rows = top + (np.arange(new_height) + 0.5) * window_height / new_height
             columns = left + (np.arange(new_width) + 0.5) * window_width / new_width
             new_ids = ids[rows.astype(int)][:, columns.astype(int)]  # the pixels under the centres
-            pixels_by_id = torch.bincount(torch.from_numpy(new_ids).flatten(), minlength=256)
-            pixels = torch.bincount(ID_TO_TRAIN_ID, weights=pixels_by_id)[:NUM_CLASSES]
-            if pixels.max() < 0.75 * pixels.sum():
+            pixels_of_id = torch.bincount(torch.from_numpy(new_ids).flatten(), minlength=256)
+            pixels_of_class = torch.bincount(ID_TO_TRAIN_ID, weights=pixels_of_id)[:NUM_CLASSES]
+            if pixels_of_class.max() < 0.75 * pixels_of_class.sum():  # all void is no good either
                 break
         window = image[top: top + window_height, left: left + window_width]
         new_image = F.interpolate(torch.from_numpy(window).permute(2, 0, 1)[None],
@@ -358,18 +368,18 @@ class TrainingStream(Dataset):
             new_image, new_label = new_image.flip(2), new_label.flip(1)
 
         # In multiples of 1/4096 the products are exact in float32, and so is the sum, in whatever
-        # order threads and processors add it up: the bytes are the same everywhere.
+        # order threads and processors add it up: this step gives the same bytes everywhere.
         matrix = np.round(color_matrix(brightness, contrast, saturation, hue) * 4096) / 4096
         matrix = torch.from_numpy(matrix).float()
-        image = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
+        crop = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
         label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
         label[:new_height, :new_width] = new_label
         # Strips of 32 rows, because they stay in the processor's cache.
-        strips = zip(image[:, :new_height, :new_width].split(32, dim=1), new_image.split(32, dim=1))
+        strips = zip(crop[:, :new_height, :new_width].split(32, dim=1), new_image.split(32, dim=1))
         for strip, old in strips:
             new = torch.addmm(matrix[:, 3:] + 0.5, matrix[:, :3], old.flatten(1).float())
             strip.copy_(new.clamp_(0, 255).view(old.shape))  # rounds down
-        return image, label
+        return crop, label
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,6 +407,7 @@ def save_sheet(path, rows, width=480):
     """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes."""
     rows = [[picture.resize((width, round(width * picture.height / picture.width)))
              for picture in row] for row in rows]
+    # The entries of the legend have 120 x 24 pixels.
     columns = max(len(row) for row in rows)
     line, per_line = 24, columns * width // 120
     heights = [max(picture.height for picture in row) for row in rows]
@@ -417,17 +428,17 @@ def save_sheet(path, rows, width=480):
 
 
 def examine(job):
-    """What is wrong with a pair of files (a sentence or None), and its pixels by train id."""
+    """What is wrong with a pair of files (a sentence or None), and its pixels by train id, (256,).
+    These are no tensor, of which each that another process sends keeps a file open."""
     image_path, label_path, with_image = job
     try:
         if with_image:
             _, ids = decode_pair(image_path, label_path)
         else:
             ids = decode(label_path, ("L", "P"))
-        train_ids = to_train_ids(ids, label_path)
-        return None, torch.bincount(train_ids.flatten(), minlength=256)
+        return None, np.bincount(to_train_ids(ids, label_path).flatten(), minlength=256)
     except DataError as error:
-        return str(error), torch.zeros(256, dtype=torch.int64)
+        return str(error), np.zeros(256, int)
 
 
 def survey(root, check):
@@ -435,8 +446,9 @@ def survey(root, check):
     as well. Returns what is wrong: a sentence per file."""
     problems, shares = [], {}
     for split in ("train", "val", "test", "train_extra"):
-        if split == "train_extra" and not (Path(root) / "gtCoarse").is_dir():
-            continue
+        if split == "train_extra" and not (Path(root, "gtCoarse").is_dir()
+                                           and Path(root, "leftImg8bit", split).is_dir()):
+            continue  # few have it
         found = find_split(root, split).values()
         jobs = [(image, None if split == "test" else label, check) for image, label in found
                 if image and (label or split == "test") and (check or split != "test")]
@@ -447,7 +459,7 @@ def survey(root, check):
             results = list(tqdm(pool.map(examine, jobs, chunksize=4), f"decoding {split}",
                                 len(jobs), unit=" files", leave=False, disable=None))
         problems += [problem for problem, _ in results if problem]
-        pixels = sum((pixels for _, pixels in results), torch.zeros(256, dtype=torch.int64))
+        pixels = sum((pixels for _, pixels in results), np.zeros(256, int))
         print(f"{split}: {sum(image is not None for image, _ in found)} images")
         if pixels[:NUM_CLASSES].any():
             shares[split] = 100 * pixels[:NUM_CLASSES] / pixels[:NUM_CLASSES].sum()
@@ -460,20 +472,20 @@ def survey(root, check):
 def measure(root, crop_size, samples=24):
     """Print milliseconds, on one core, to decode, to make a sample, and to make one cached."""
     torch.set_num_threads(1)
-    milliseconds = {"decoding the two files": [], "a sample": [], "a sample, cached": []}
+    seconds = []  # of decoding, of a sample, of a cached sample
     with tempfile.TemporaryDirectory() as cache:
         plain, cached = (TrainingStream(Cityscapes(root, "train", folder), crop_size)
                          for folder in (None, cache))
         for k in range(min(samples, len(plain.dataset))):
             files = plain.dataset.files[plain.index(k)]
             cached[k]  # decodes, writes the cache, and reads the PNGs into the system's memory
-            for name, work in zip(milliseconds, (lambda: decode_pair(*files), lambda: plain[k],
-                                                 lambda: cached[k]), strict=True):
-                start = time.perf_counter()
+            moments = [time.perf_counter()]
+            for work in (lambda: decode_pair(*files), lambda: plain[k], lambda: cached[k]):
                 work()
-                milliseconds[name].append(1000 * (time.perf_counter() - start))
+                moments.append(time.perf_counter())
+            seconds.append(np.diff(moments))
     print(f"\none core, crop {crop_size[0]}x{crop_size[1]}, medians:")
-    decoding, sample, cached = (median(values) for values in milliseconds.values())
+    decoding, sample, cached = 1000 * np.median(seconds, axis=0)
     print(f"decoding the two files alone {decoding:6.1f} ms\n"
           f"a training sample            {sample:6.1f} ms, {1000 / sample:.0f} a second, "
           f"{sample / decoding:.2f} times decoding\n"

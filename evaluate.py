@@ -36,19 +36,28 @@ from cityscapes import (CLASSES, NUM_CLASSES, TRAIN_ID_TO_ID, Cityscapes, DataEr
                         overlaid)
 from pspnet import CheckpointError, load_net
 
+
+class UserError(Exception):
+    """What was asked for cannot be done. The text is a sentence for the user."""
+
+    exit_code = 2
+
+
 # ------------------------------------------------------------------------------------------------
 # From an image to a class for every pixel
 
 
 def tile_starts(length, tile):
-    """Where the tiles of `tile` pixels that cover `length` pixels begin: two thirds of a tile apart
-    at the most, so that a third overlaps; the last ends with the image."""
-    steps = math.ceil((length - tile) / math.ceil(tile * 2 / 3))
-    return [min(i * math.ceil(tile * 2 / 3), length - tile) for i in range(steps + 1)]
+    """Where tiles of `tile` pixels that cover `length` pixels begin: two thirds of a tile apart
+    (rounded up), so that about a third overlaps; the last ends with the image."""
+    stride = math.ceil(tile * 2 / 3)
+    steps = math.ceil((length - tile) / stride)
+    return [min(i * stride, length - tile) for i in range(steps + 1)]
 
 
 def tiled_probabilities(net, image, tile):
-    """Class probabilities (C, H, W) of an image (3, H, W), averaged over overlapping tiles."""
+    """Class probabilities (C, H, W) of an image (3, H, W), uint8 or float, 0..255: the average over
+    overlapping tiles of `tile` pixels, (height, width)."""
     height, width = image.shape[1:]
     tile_height, tile_width = min(tile[0], height), min(tile[1], width)
     total = torch.zeros(NUM_CLASSES, height, width, device=image.device)
@@ -63,15 +72,15 @@ def tiled_probabilities(net, image, tile):
 
 @torch.inference_mode()
 def predict(net, image, scales=(1.0,), flip=False, tile=None):
-    """The train id of every pixel: image (3, H, W), uint8 RGB -> (H, W), uint8, on its device.
+    """The train id of every pixel: image (3, H, W), uint8 RGB -> (H, W), uint8, on that device.
 
     With several scales, or with flip (each scale also mirrored), the class probabilities of all of
     them are averaged at the size of the image, as mmsegmentation's test-time augmentation does.
     With tile = (height, width) the network sees such tiles instead of whole images, as in the
-    authors' code (hszhao/semseg, tool/test.py).
+    authors' code (hszhao/semseg, tool/test.py; that pads images that are smaller than a tile).
     """
     size, total = image.shape[1:], 0
-    views = [(scale, mirrored) for scale in scales for mirrored in (False, True)[: 1 + flip]]
+    views = [(scale, False) for scale in scales] + [(scale, True) for scale in scales if flip]
     for scale, mirrored in views:
         view = image
         if scale != 1:
@@ -82,7 +91,7 @@ def predict(net, image, scales=(1.0,), flip=False, tile=None):
         scores = scores.flip(2) if mirrored else scores
         if scale != 1:
             scores = F.interpolate(scores[None], size, mode="bilinear")[0]
-        if len(views) > 1 and not tile:  # otherwise the largest logit is the most probable anyway
+        if len(views) > 1 and not tile:  # tiles are probabilities, and one view needs none
             scores = scores.softmax(dim=0)
         total = total + scores
     return total.max(dim=0).indices.byte()  # on a CPU several times as fast as argmax
@@ -97,18 +106,22 @@ def confusion(label, prediction):
     (NUM_CLASSES, NUM_CLASSES), int64. Void in the label is left out."""
     pairs = label.int() * NUM_CLASSES + prediction
     counts = torch.bincount(pairs.flatten(), minlength=256 * NUM_CLASSES)
-    return counts.view(256, NUM_CLASSES)[:NUM_CLASSES]  # the rows behind hold void
+    return counts.view(256, NUM_CLASSES)[:NUM_CLASSES]  # void is in the rows after these
 
 
 def scores_of(matrix):
     """The figures of the benchmark and of mmsegmentation, from a matrix of `confusion`.
 
-    Returns a dict, all shares of 1: "iou" and "accuracy" (class name -> float), "category_iou"
+    Returns a dict, all between 0 and 1: "iou" and "accuracy" (class name -> float), "category_iou"
     (category -> float), and "miou", "mean_accuracy", "category_miou", "pixel_accuracy". A class
     that is neither in the truth nor in the predictions has no IoU, one that is not in the truth has
     no accuracy: they are None, and the means leave them out. Source: cityscapesScripts 2.3.0,
     evaluation/evalPixelLevelSemanticLabeling.py; mmsegmentation 1.2.2, IoUMetric.
+    Raises DataError where the matrix is empty.
     """
+    if not matrix.any():
+        raise DataError("there is nothing to score: every pixel of the labels is void")
+
     def intersection_over_union(matrix):
         return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
 
@@ -118,10 +131,11 @@ def scores_of(matrix):
 
     matrix = matrix.cpu().double()
     iou, accuracy = intersection_over_union(matrix), matrix.diag() / matrix.sum(dim=1)
-    categories = list(dict.fromkeys(label.category for label in CLASSES))
-    member = torch.tensor([[label.category == c for c in categories] for label in CLASSES]).double()
+    categories = list(dict.fromkeys(entry.category for entry in CLASSES))
+    # (classes, categories), 0 or 1: adds up the rows and the columns of each category
+    member = torch.tensor([[entry.category == c for c in categories] for entry in CLASSES]).double()
     category_iou = intersection_over_union(member.T @ matrix @ member)
-    names = [label.name for label in CLASSES]
+    names = [entry.name for entry in CLASSES]
     return {"miou": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item(),
             "category_miou": category_iou.nanmean().item(),
             "pixel_accuracy": (matrix.diag().sum() / matrix.sum()).item(),
@@ -132,15 +146,15 @@ def scores_of(matrix):
 def format_scores(scores):
     """The table for people: per class, per category, and the means with what they are over."""
     def percent(value):
-        return "   n/a" if value is None else f"{100 * value:6.2f}"
+        return "n/a" if value is None else f"{100 * value:.2f}"
 
     lines = [f"{'class':16}{'IoU %':>8}{'accuracy %':>12}"]
     lines += [f"{name:16}{percent(iou):>8}{percent(scores['accuracy'][name]):>12}"
               for name, iou in scores["iou"].items()]
     lines += ["", f"{'category':16}{'IoU %':>8}"]
     lines += [f"{name:16}{percent(iou):>8}" for name, iou in scores["category_iou"].items()]
-    present, categories_present = (sum(value is not None for value in scores[kind].values())
-                                   for kind in ("iou", "category_iou"))
+    present = sum(value is not None for value in scores["iou"].values())
+    categories_present = sum(value is not None for value in scores["category_iou"].values())
     lines += ["", f"mIoU {percent(scores['miou'])} % over {present} of {NUM_CLASSES} classes, "
               f"category mIoU {percent(scores['category_miou'])} % over {categories_present}, "
               f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
@@ -151,16 +165,16 @@ def format_scores(scores):
 def describe(scales, flip, tile):
     """The protocol in words, and which published figures were measured with it."""
     all_scales, scales = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75], sorted(scales)
-    known = {  # mIoU on val of the nearest published network: ResNet-50, 40,000 or 37,000 iterations
+    known = {  # in parentheses what ResNet-50 reached on val
         ((1.0,), False, None): "mmsegmentation's mIoU (R-50-D8 512x1024 40k: 77.85)",
         (tuple(all_scales), True, None): "mmsegmentation's mIoU(ms+flip) (R-50-D8 40k: 79.18)",
-        ((1.0,), True, (713, 713)): "hszhao/semseg's single scale (PSPNet50: 77.30)",
+        ((1.0,), True, (713, 713)): "hszhao/semseg's single scale, with flip (PSPNet50: 77.30)",
         (tuple(all_scales), True, (713, 713)): "hszhao/semseg's multi scale (PSPNet50: 78.38)",
     }
-    published = known.get((tuple(scales), flip, tuple(tile) if tile else None), "no published figure")
+    published = known.get((tuple(scales), flip, tuple(tile) if tile else None), "no known figure")
     return (f"{'tiles of {}x{}'.format(*tile) if tile else 'whole images'}, scales "
             f"{' '.join(f'{scale:g}' for scale in scales)}, {'with' if flip else 'no'} flip; "
-            f"comparable with {published}")
+            f"for Cityscapes comparable with {published}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,13 +182,13 @@ def describe(scales, flip, tile):
 
 
 def memory_format(device):
-    """How convolutions want their images: channels last on a GPU, channels first on a CPU."""
+    """What is fastest for the network: channels last on a GPU, channels first on a CPU."""
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
 def outlive_signals(_):
-    """For the workers of a DataLoader, which Ctrl-C and SIGTERM often reach as well: the main
-    process needs them until it has saved what it has, for which it gets 20 seconds."""
+    """For the workers of a DataLoader, which Ctrl-C and SIGTERM often reach as well: they ignore
+    the one and outlive the other by 20 seconds, as train.py needs them until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
@@ -183,9 +197,10 @@ def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
     """Yields (i, image, label, prediction) for each image i of this process's share of `dataset`.
 
     Process r of w has the images r, r + w, r + 2 w, ...: every image is seen exactly once. `net` is
-    the plain network (DistributedDataParallel would send its buffers around in each forward);
-    `protocol` are the arguments of `predict`. An image that could not be read comes as a string
-    that says why, and with the prediction None. Prints at the end what the time went into.
+    the plain network (DistributedDataParallel would send its buffers around in each forward), and
+    is left in eval mode; `protocol` are the arguments of `predict`. Of `Photographs`, an image that
+    could not be read comes as a string that says why, with label and prediction None. Prints at the
+    end what the time went into.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank, len(dataset), world)
@@ -194,7 +209,8 @@ def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
     net.eval()
     waiting = working = rest = 0.0
     start = done = time.perf_counter()
-    bar = tqdm(loader, "evaluating", unit=" images", leave=False, disable=None if rank == 0 else True)
+    bar = tqdm(loader, "evaluating", unit=" images", leave=False,
+               disable=None if rank == 0 else True)  # None: in a terminal only
     for i, (image, label) in zip(share, bar, strict=True):
         loaded, prediction = time.perf_counter(), None
         if not isinstance(image, str):
@@ -214,17 +230,17 @@ def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
               f"predicting, {rest / seconds:.0%} counting and saving", flush=True)
 
 
-def evaluate(net, dataset, device, look, **options):
+def evaluate(net, dataset, device, on_image, **options):
     """The confusion matrix of `net` on `dataset` over all processes: (NUM_CLASSES, NUM_CLASSES),
     int64, on the CPU, the same in each process. Every process must call it.
 
-    look(i, image, label, prediction) is called for each image of this process; `options` are those
-    of `predictions`.
+    on_image(i, image, label, prediction) is called for each image of this process; `options` are
+    those of `predictions`.
     """
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
     for i, image, label, prediction in predictions(net, dataset, device, **options):
         matrix += confusion(label.to(device, non_blocking=True), prediction)
-        look(i, image, label, prediction)
+        on_image(i, image, label, prediction)
     if dist.is_initialized():
         dist.all_reduce(matrix)
     return matrix.cpu()
@@ -239,7 +255,7 @@ class Photographs(Dataset):
     (why it cannot be read, None). `paths` are files, or folders whose images are taken."""
 
     def __init__(self, paths):
-        endings = set(Image.registered_extensions())
+        endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         self.files = []  # as in Cityscapes, but without labels
         for path in map(Path, paths):
             if path.is_dir():
@@ -266,7 +282,7 @@ class Photographs(Dataset):
 
 
 def name_of(files):
-    """What to call the prediction of an image: its file's name, for the test server without kind."""
+    """What to call an image's prediction: its file's name, without the ending of Cityscapes."""
     return files[0].stem.removesuffix("_leftImg8bit")
 
 
@@ -312,14 +328,8 @@ class Writer:
 # As a script, alone or in several processes
 
 
-class UserError(Exception):
-    """What was asked for cannot be done: one sentence, for the user."""
-
-    exit_code = 2
-
-
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors; its description is the script's text."""
+    """An ArgumentParser whose complaints are UserErrors; its text is the script's docstring."""
 
     def __init__(self, description):
         super().__init__(description=description,
@@ -333,23 +343,26 @@ def run(main, out_of_memory):
     """Run main(device, rank, world) and end the process with its exit code.
 
     torchrun starts the same script several times, and says in the environment which process this
-    is. A user's mistake ends with its sentence on stderr and exit code 2, a fault of the program's
-    with a traceback and 1. Only the first process that fails prints: the others would say the same,
-    or that a connection was lost. `out_of_memory` is the sentence that says what to change then.
+    is. A user's mistake, or too little memory or disk, ends with a sentence on stderr and exit code
+    2, Ctrl-C with 130, a fault of the program with a traceback and 1. Only the first process that
+    fails prints: the others would say the same, or that a connection was lost. `out_of_memory` is
+    the sentence that says what to change then.
     """
-    store, script = None, Path(sys.argv[0]).name
+    store, world, script = None, 1, Path(sys.argv[0]).name
     try:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        rank, world, backend = 0, 1, "gloo"
+        rank, backend = 0, "gloo"
         if "RANK" in os.environ:
-            store, rank, world = next(dist.rendezvous("env://"))
+            launch, rank, world = next(dist.rendezvous("env://"))
+            if launch.check(["mistake"]):  # torchrun --max-restarts would repeat it
+                os._exit(2)
             # After a restart the store still holds the addresses of processes that have gone.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), launch)
             if device.type != "cpu":
                 gpus, local_rank = torch.accelerator.device_count(), int(os.environ["LOCAL_RANK"])
                 if local_rank >= gpus:
-                    raise UserError(f"there are more processes than the {gpus} GPUs of this machine:"
-                                    f" type torchrun --nproc_per_node={gpus}")
+                    raise UserError(f"there are more processes than the {gpus} GPUs of this "
+                                    f"machine: type torchrun --nproc_per_node={gpus}")
                 torch.accelerator.set_device_index(local_rank)
                 backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -363,12 +376,15 @@ def run(main, out_of_memory):
         code, message = 130, f"{script}: interrupted"
     except Exception as error:
         code, message = 1, traceback.format_exc()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate" in str(error):
+        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or "t allocate memory" in str(error)):  # can't, cannot: a RuntimeError, on a CPU
             code, message = 2, f"{script}: out of memory: {out_of_memory}"
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             code, message = 2, f"{script}: there is no space left to write: {error}"
     if store is None or store.add("failures", 1) == 1:
         print("\n" * (world > 1) + message, file=sys.stderr)  # not behind another's progress bar
+    if store is not None and code == 2:
+        launch.set("mistake", "")
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -386,19 +402,21 @@ def main(device, rank, world):
     parser.add_argument("--images", nargs="+", metavar="PATH",
                         help="predict these image files, or folders of them, instead of a split")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S",
-                        help="average over the image in these sizes (1)")
+                        help="average over the image at these multiples of its size (1)")
     parser.add_argument("--flip", action="store_true", help="average over the mirrored image too")
     parser.add_argument("--tile", type=int, nargs=2, metavar=("H", "W"),
                         help="slide over tiles of this many pixels (whole images)")
-    parser.add_argument("--save-ids", metavar="DIR", help="write label ids, for the test server")
+    parser.add_argument("--save-ids", metavar="DIR", help="write label ids, one PNG per image")
     parser.add_argument("--save-color", metavar="DIR", help="write colors, also over the image")
-    parser.add_argument("--json", metavar="FILE", help="write the scores and the protocol")
+    parser.add_argument("--json", metavar="FILE", help="write the scores of train or val")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is autocast, for speed (fp32)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count()),
                         help="processes that decode images, for each GPU (4, or one per core)")
     args = parser.parse_args()
 
+    if not min(*args.scales, *(args.tile or [1])) > 0 or args.workers < 0:
+        raise UserError("--scales, --tile and --workers take positive numbers")
     folders = [Path(folder).resolve() for folder in (args.save_ids, args.save_color) if folder]
     if len(folders) == 2 and (folders[0] in [folders[1], *folders[1].parents]
                               or folders[1] in folders[0].parents):
@@ -409,8 +427,8 @@ def main(device, rank, world):
     if args.split == "test" and not folders and not args.images:
         raise UserError("the test split cannot be scored, its labels are withheld: add --save-ids "
                         "DIR for a submission to the test server")
-    if min(args.scales) <= 0 or min(args.tile or [1]) <= 0:
-        raise UserError("--scales and --tile take positive numbers")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"there is no folder for --json {args.json}")
     net = load_net(args.ckpt)
     if net.num_classes != NUM_CLASSES:
         raise UserError(f"{args.ckpt} was trained for {net.num_classes} classes, but the table in "
@@ -420,7 +438,11 @@ def main(device, rank, world):
     names = [name_of(files) for files in dataset.files]
     if folders and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two images would both be saved as {twice}.png: predict them one by one")
+        raise UserError(f"two images would both be saved as {twice}.png: predict them into "
+                        "different folders")
+    if not {files[0].resolve().parent for files in dataset.files}.isdisjoint(folders):
+        raise UserError("the predictions would be written among the images: give another folder to "
+                        "--save-ids and --save-color")
     if rank == 0:
         print(f"{args.ckpt}: PSPNet with {net.backbone_name}, {NUM_CLASSES} classes")
     protocol = {"scales": args.scales, "flip": args.flip, "tile": args.tile}
@@ -444,11 +466,11 @@ def main(device, rank, world):
             print(f"{len(broken)} of {len(dataset)} images could not be read:", *broken, sep="\n")
         return 1 if broken else 0
 
-    def look(i, image, _, prediction):
+    def on_image(i, image, _, prediction):
         if folders:
             writer.save(names[i], image, prediction)
 
-    matrix = evaluate(net, dataset, device, look, **options)
+    matrix = evaluate(net, dataset, device, on_image, **options)
     writer.finish()
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix)

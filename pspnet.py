@@ -8,12 +8,11 @@
 
 A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1, 4, 9 and 36
 regions that tells every position what scene it is in, and a classifier. Names and numbers are
-mmsegmentation 1.2.2's (tests/test_pspnet.py compares them to 1e-9), for a fifth less arithmetic:
+mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64), for a fifth less arithmetic:
 `PyramidHead` explains how, and why that is exact.
 """
 import argparse
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -50,7 +49,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels, channels, stride=1, dilation=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=dilation,
+                               dilation=dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -73,7 +73,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation,
+                               bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
@@ -87,10 +88,9 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
-# name: (block, blocks per stage, deep stem, ImageNet weights; a file's name ends in its sha256)
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {
+BACKBONES = {  # block, blocks per stage, deep stem, ImageNet weights (the name ends in the sha256)
     "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
     "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
     "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
@@ -105,11 +105,11 @@ class ResNet(nn.Module):
     W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 round up.
 
     A classifier's stages 3 and 4 halve the resolution twice more. Here they have stride 1, and
-    their 3x3 convolutions reach 2 and 4 positions far instead of 1 (dilation), which is as far in
-    the image as their ImageNet weights are used to. The first block of such a stage keeps the
-    dilation of the stage before, because its input has the spacing of that stage: so do
-    torchvision (replace_stride_with_dilation) and mmsegmentation (contract_dilation).
-    "V1c" is a stem of three 3x3 convolutions, instead of one 7x7. Names are torchvision's.
+    their 3x3 convolutions are dilated by 2 and 4: they reach as far in the image as their ImageNet
+    weights are used to. The first block of such a stage keeps the dilation of the stage before,
+    because its input has the spacing of that stage: so do torchvision
+    (replace_stride_with_dilation) and mmsegmentation (contract_dilation). "V1c" is a stem of three
+    3x3 convolutions, instead of one 7x7. Names are torchvision's, but for `stem`.
     """
 
     def __init__(self, name):
@@ -131,7 +131,7 @@ class ResNet(nn.Module):
             blocks += [block(in_channels, channels, 1, dilation) for _ in range(depth - 1)]
             return nn.Sequential(*blocks)
 
-        e = block.expansion
+        e = block.expansion  # channels: in, and of the 3x3; blocks; stride; dilation: first, others
         self.layer1 = stage(64, 64, depths[0], 1, 1, 1)
         self.layer2 = stage(64 * e, 128, depths[1], 2, 1, 1)
         self.layer3 = stage(128 * e, 256, depths[2], 1, 1, 2)
@@ -152,15 +152,15 @@ class ResNet(nn.Module):
 def pooling_matrix(bins, size, like):
     """P of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h, w) by regions.
 
-    Bin i covers the positions from floor(i size / bins) up to ceil((i + 1) size / bins), so bins
+    Bin i covers the positions from floor(i size / bins) to before ceil((i + 1) size / bins): bins
     overlap where `bins` doesn't divide `size`, as in adaptive_avg_pool2d.
     Returns (1, 1, bins, size), of the dtype and on the device of `like`.
     """
     i = torch.arange(bins, device=like.device)[:, None]
     position = torch.arange(size, device=like.device)
     inside = (position >= i * size // bins) & (position < ((i + 1) * size + bins - 1) // bins)
-    inside = inside.to(like.dtype)
-    return (inside / inside.sum(dim=1, keepdim=True))[None, None]
+    inside = inside.to(torch.promote_types(like.dtype, torch.float32))
+    return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)[None, None]
 
 
 def interpolation_matrix(cells, size, like):
@@ -171,15 +171,17 @@ def interpolation_matrix(cells, size, like):
     cell and falls linearly to 0 at its neighbours.
     Returns (1, 1, size, cells), of the dtype and on the device of `like`.
     """
-    i = torch.arange(size, device=like.device, dtype=like.dtype)[:, None]
-    cell = torch.arange(cells, device=like.device, dtype=like.dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the centres
+    i = torch.arange(size, device=like.device, dtype=dtype)[:, None]
+    cell = torch.arange(cells, device=like.device, dtype=dtype)
     centre = ((i + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
-    return (1 - (centre - cell).abs()).clamp(min=0)[None, None]
+    return (1 - (centre - cell).abs()).clamp(min=0).to(like.dtype)[None, None]
 
 
 def upsample(x, size):
     """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast."""
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # "meta"
+    # The device "meta", of shapes without values, has no autocast.
+    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
     with torch.autocast(device, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = interpolation_matrix(x.shape[-2], size[0], like=x)
@@ -208,26 +210,30 @@ class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2): x (B, C, h, w) -> (B, num_classes, h, w).
 
     `textbook_forward` is the paper's figure 3: average x over k x k regions for k = 1, 2, 3, 6;
-    give each level p_k a 1x1 convolution; stretch it to h x w again; stack x and the four levels;
-    then a 3x3 convolution of that stack. Half of what the 3x3 convolution reads has been stretched
-    from 1, 4, 9 and 36 cells. `forward` computes the same without stretching anything:
+    give each level a 1x1 convolution, batch norm and ReLU, which makes p_k, of k x k cells; stretch
+    it to h x w; stack x and the four stretched levels; then a 3x3 convolution of that stack, batch
+    norm and ReLU. Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9
+    and 36 cells. `forward` computes the same without stretching anything. Everything up to the p_k
+    and after the 3x3 convolution stays; what is between them is linear, and is rewritten:
 
     1. A convolution of a stack is the sum of one convolution per part, each with its own slice of
        the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
-    2. Stretching acts on rows and columns: stretched p = R p C^T with R (h, k) and C (w, k) from
+    2. Stretching acts on rows and columns: stretched p = R p S^T with R (h, k) and S (w, k) from
        `interpolation_matrix`.
-    3. A 3x3 convolution adds nine copies of its input, one per tap (y, x) of the kernel, each
-       shifted by (y - 1, x - 1), its channels mixed by the matrix W[y, x]. Mixing channels and
-       moving pixels don't interfere, so mix first, on the k x k cells, and stretch and shift after:
-           conv(R p C^T; W) = sum over y and x of  R_y (W[y, x] p) C_x^T,
-       where R_y is R with its rows shifted by y - 1. Zeros come in at the border: they are the
-       zero padding of the convolution.
-    4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures as
-       blocks of a (3k, 3k) matrix, times [C_0 C_1 C_2]^T, (3k, w). So are the sums over the four
-       levels: their left factors join to one (h, 36) matrix.
+    3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
+       u and v = 0, 1, 2. At (i, j) a copy shows the input at (i + u - 1, j + v - 1), and its
+       channels are mixed by the matrix W[u, v]. Mixing channels and moving pixels don't interfere,
+       so mix first, on the k x k cells, and stretch and move after:
+           conv(R p S^T; W) = sum over u and v of  R_u (W[u, v] p) S_v^T,
+       where row i of R_u is row i + u - 1 of R, or zeros where R has no such row: they are the
+       zero padding of the convolution. S_v likewise.
+    4. For each output channel that sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k),
+       times the nine mixtures as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). The
+       sum over the levels is such a product as well: the left factors stand side by side, (h, 36),
+       the right ones below each other, (36, w), where 36 is 3 (1 + 2 + 3 + 6).
 
     Nothing is approximated, the weight remains one tensor, and the arithmetic of the whole network
-    (ResNet-50, images of 512x1024) falls to 0.785, that of a training step to 0.796.
+    (ResNet-50, images of 512x1024) falls to 0.785 of the textbook's, of a training step to 0.796.
     """
 
     def __init__(self, in_channels, num_classes):
@@ -236,6 +242,7 @@ class PyramidHead(nn.Module):
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
             for k in BINS)
+        # "bottleneck" is mmsegmentation's name for it; it has nothing to do with the block above.
         self.bottleneck = ConvBNReLU(in_channels + len(BINS) * channels, channels, 3)
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
@@ -246,10 +253,11 @@ class PyramidHead(nn.Module):
         parts = [in_channels] + [channels] * len(BINS)
         weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
         lefts, rights = [], []
-        for k, (_, conv), weight in zip(BINS, self.psp_modules, weights, strict=True):
-            cells = conv(pooling_matrix(k, h, like=x) @ x @ pooling_matrix(k, w, like=x).mT)
-            # o, i: channels out and in; y, x: taps of the kernel; s, t: rows and columns of cells
-            mixtures = torch.einsum("oiyx,bist->boysxt", weight, cells)
+        for k, (_, conv_bn_relu), weight in zip(BINS, self.psp_modules, weights, strict=True):
+            means = pooling_matrix(k, h, like=x) @ x @ pooling_matrix(k, w, like=x).mT
+            cells = conv_bn_relu(means)  # (B, channels, k, k)
+            # o, i: channels out and in; u, v: taps of the kernel; s, t: rows and columns of cells
+            mixtures = torch.einsum("oiuv,bist->bousvt", weight, cells)
             blocks = mixtures.flatten(4, 5).flatten(2, 3)  # (B, channels, 3k, 3k)
             lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
             rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
@@ -341,7 +349,7 @@ class PSPNet(nn.Module):
 
 
 class CheckpointError(Exception):
-    """A file does not hold the weights that were asked for: one sentence, for the user."""
+    """A file does not hold the weights that were asked for. The text is a sentence for the user."""
 
 
 def read_checkpoint(path):
@@ -360,9 +368,9 @@ def read_checkpoint(path):
 
 
 def shapes(state):
-    """name -> shape in a state dict, but for batch norm's counters, which older files lack."""
+    """name -> shape in a state dict, except batch norm's counters, which older files lack."""
     return {name: getattr(value, "shape", None) for name, value in state.items()
-            if not name.endswith("num_batches_tracked")}
+            if not str(name).endswith("num_batches_tracked")}
 
 
 def load_net(path):
@@ -371,7 +379,7 @@ def load_net(path):
     Reads checkpoints of train.py and mmsegmentation's (the names are the same) for every backbone
     in BACKBONES, recognised by names and shapes: net.backbone_name and net.num_classes tell.
     Raises CheckpointError for every other file. That includes mmsegmentation's PSPNets of output
-    stride 32 and of align_corners=True (crop 769x769), whose weights would fit.
+    stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
@@ -382,14 +390,13 @@ def load_net(path):
         if setting in config:
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
-    (num_classes,) = shapes(state).get("decode_head.conv_seg.bias") or [19]
+    num_classes, *_ = shapes(state).get("decode_head.conv_seg.bias") or [1]
     for backbone in BACKBONES:
         with torch.device("meta"):  # names and shapes without values
             net = PSPNet(num_classes, backbone)
         if shapes(net.state_dict()) == shapes(state):
-            net = net.to_empty(device="cpu")
-            net.load_state_dict(dict(state))
-            return net.eval()
+            net.load_state_dict(dict(state), assign=True)  # the values of the file instead of none
+            return net.float().eval()
     raise CheckpointError(f"{path} is not a checkpoint of a PSPNet with one of the backbones "
                           f"{', '.join(BACKBONES)}: its names and shapes are others")
 
@@ -424,6 +431,7 @@ def load_backbone(net, weights):
 def print_stages(net, size):
     """A line per stage as it runs: operation, channels, stride, dilation, output size; parameters.
     `net` is on the device "meta", which has shapes without values."""
+    hooks = []
     print(f"{'stage':18}{'operation':16}{'channels':>8}{'stride':>8}{'dilation':>10}{'output':>12}")
 
     def hook(name, operation):
@@ -432,11 +440,11 @@ def print_stages(net, size):
             dilations = {conv.dilation[0] for conv in module.modules()
                          if isinstance(conv, nn.Conv2d) and conv.kernel_size[0] > 1}
             dilation = ", ".join(map(str, sorted(dilations)))
-            print(f"{name:18}{operation:16}{channels:8}{size[0] // height:8}{dilation:>10}"
+            print(f"{name:18}{operation:16}{channels:8}{round(size[0] / height):8}{dilation:>10}"
                   f"{f'{height} x {width}':>12}")
         hooks.append(net.get_submodule(name).register_forward_hook(print_line))
 
-    hooks, deep = [], net.backbone.deep_stem
+    deep = net.backbone.deep_stem
     hook("backbone.stem" if deep else "backbone.conv1", "3 conv 3x3" if deep else "conv 7x7")
     hook("backbone.maxpool", "max pool 3x3")
     for name in ("backbone.layer1", "backbone.layer2", "backbone.layer3", "backbone.layer4"):
@@ -462,15 +470,15 @@ def count_gflops(net, shape, training):
 
 
 def measure(textbook, backbone, size):
-    """task -> (seconds, peak memory in MiB), each task run once more after a first time.
+    """task -> (seconds of its second run, peak memory in MiB of the process so far), for the exact
+    or the textbook's head. Call it in a process of its own: a process keeps its peak."""
+    import resource  # not on Windows
 
-    Runs in a process of its own, since the memory that a process once held stays in its peak.
-    """
-    if textbook:
-        PyramidHead.forward = PyramidHead.textbook_forward
     h, w = size
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     net = PSPNet(backbone=backbone).to(device)
+    if textbook:
+        net.decode_head.forward = net.decode_head.textbook_forward
     features = torch.rand(1, net.decode_head.psp_modules[0][1].conv.in_channels, h // 8, w // 8)
     images = torch.randint(256, (1, 3, h, w), dtype=torch.uint8)
     pair = torch.randint(256, (2, 3, h // 2, w // 2), dtype=torch.uint8)
@@ -512,15 +520,13 @@ def main():
     args = parser.parse_args()
 
     with torch.device("meta"):
-        net = PSPNet(backbone=args.backbone)
+        net, textbook = PSPNet(backbone=args.backbone), PSPNet(backbone=args.backbone)
+    textbook.decode_head.forward = textbook.decode_head.textbook_forward
     print_stages(net, args.size)
-    exact_forward, textbook_forward = PyramidHead.forward, PyramidHead.textbook_forward
     for training in (False, True):
-        gflops = []
-        for PyramidHead.forward in (exact_forward, textbook_forward):
-            gflops.append(count_gflops(net, (2, 3, *args.size), training) / 2)
-        print(f"{'forward + backward' if training else 'forward':18} {gflops[0]:5.0f} GFLOPs per "
-              f"image, {gflops[0] / gflops[1]:.3f} of the {gflops[1]:.0f} with the textbook's head")
+        ours, others = (count_gflops(n, (2, 3, *args.size), training) / 2 for n in (net, textbook))
+        print(f"{'forward + backward' if training else 'forward':18} {ours:5.0f} GFLOPs per image, "
+              f"{ours / others:.3f} of the {others:.0f} with the textbook's head")
 
     print(f"\nseconds and peak memory, medians of {args.rounds} rounds of exact and textbook's "
           f"head in turn (torch {torch.__version__}, {torch.get_num_threads()} threads):")

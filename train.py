@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-Each is the same experiment: 40,000 iterations of 8 images of 512x1024, the recipe of mmsegmentation
-1.2.2's pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (which reached 77.85 mIoU on val). README.md
-lists how it differs from the paper's. The folder --out gets
+Each is the same experiment: 40,000 iterations of 8 images of 512x1024, with the recipe of
+mmsegmentation 1.2.2's pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (77.85 mIoU on val), in bfloat16
+on a GPU. README.md lists how that recipe differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
@@ -38,13 +38,12 @@ REFERENCE = {  # mmsegmentation's recipe
     "backbone": "resnet50_v1c", "weights": "imagenet", "init": None, "crop": [512, 1024],
     "batch_size": 8, "iters": 40_000, "lr": 0.01, "precision": "fp32", "coarse": False,
     "images": 2975}
-LOG_EVERY = 10  # iterations; between them the program never waits for the device
+LOG_EVERY = 10  # iterations; only then, and to save, does the program wait for the device
 
 
 def poly_lr(step, iters, base_lr=0.01):
     """The learning rate of iteration `step`, 0 to iters - 1: from base_lr down to base_lr / 100 in
-    the last one, with power 0.9 (section 5.1; mmengine 0.10.7's PolyLR, which divides by iters - 1).
-    """
+    the last, with power 0.9 (the paper's section 5.1; mmengine 0.10.7, PolyLR)."""
     end_lr = base_lr / 100
     return end_lr + (base_lr - end_lr) * (1 - step / max(1, iters - 1)) ** 0.9
 
@@ -53,7 +52,7 @@ def segmentation_loss(logits, label):
     """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
 
     The sum over the labelled pixels is divided by ALL pixels (mmsegmentation's avg_non_ignore=
-    False): a crop that is all void gives 0, not 0/0, and the mean over processes is that over crops.
+    False): a crop that is all void gives 0, not 0/0, and the mean over processes is that over all.
     """
     return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
 
@@ -79,7 +78,7 @@ def parse_args(device):
     add("--lr", type=float, default=0.01, help="learning rate of the first iteration (0.01)")
     add("--seed", type=int, default=0, help="of samples, dropout and new weights (0)")
     add("--workers", type=int, default=min(8, os.cpu_count()),
-        help="processes that make samples, for each GPU (8, or one per core)")
+        help="processes that make samples for each GPU (8, or one per core)")
     add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
     add("--save-every", type=int, default=1000, help="iterations between checkpoints (1000)")
     add("--precision", choices=("fp32", "bf16"), default="fp32" if device.type == "cpu" else "bf16",
@@ -92,15 +91,16 @@ def parse_args(device):
 
 
 def check_args(args, device, world):
-    """Raises UserError for what can be known to be wrong before anything is read."""
+    """Raises UserError for options that are wrong whatever the data."""
     if min(*args.crop, args.batch_size, args.iters, args.val_every, args.save_every) < 1:
         raise UserError("--crop, --batch-size, --iters, --val-every, --save-every must be positive")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
+    if not args.lr > 0 or min(args.seed, args.workers) < 0:
+        raise UserError("--lr must be positive, --seed and --workers must not be negative")
+    least = 1 if world > 1 and device.type != "cpu" else 2  # images in a process
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
-                        f"type --batch-size {-(-args.batch_size // world) * world}")
-    if args.batch_size == world and (world == 1 or device.type == "cpu"):
+                        f"type --batch-size {max(-(-args.batch_size // world), least) * world}")
+    if args.batch_size < least * world:
         raise UserError("batch norm needs two images in each process, because the pyramid's first "
                         f"level is one value per image: type --batch-size {2 * world}")
 
@@ -114,7 +114,8 @@ def print_recipe(args, recipe, device, world, val_images):
         departures.append(f"batch norm over {args.batch_size // world} images, because "
                           f"SyncBatchNorm needs GPUs ({args.batch_size})")
     lines = {
-        "network": f"PSPNet, {args.backbone}, {NUM_CLASSES} classes, from {args.init or args.weights}",
+        "network": f"PSPNet, {args.backbone}, {NUM_CLASSES} classes, weights: "
+                   f"{args.init or args.weights}",
         "data": f"{recipe['images']} images to train on; {val_images} to validate on, every "
                 f"{args.val_every} iterations",
         "samples": f"{args.crop[0]}x{args.crop[1]}, scale 0.5 to 2, no class over 75 %, mirrored, "
@@ -135,18 +136,19 @@ def print_recipe(args, recipe, device, world, val_images):
 class Stopped(UserError):
     """The run was told to stop: what it has saved, and how to go on."""
 
-    exit_code = 128 + signal.SIGTERM
+    exit_code = 128 + signal.SIGTERM  # as shells have it
 
 
 def start_from(net, path):
-    """Give `net` the weights of another PSPNet; not those of the classifiers if its classes differ."""
+    """Give `net` the weights of another PSPNet; without the classifiers if the classes differ."""
     other = load_net(path)
     if other.backbone_name != net.backbone_name:
-        raise UserError(f"--init {path} has another backbone: type --backbone {other.backbone_name}")
+        raise UserError(f"--init {path} has another backbone: type --backbone "
+                        f"{other.backbone_name}")
     state = other.state_dict()
     if other.num_classes != net.num_classes:
-        print(f"{path} knows {other.num_classes} classes, not {net.num_classes}: the two classifiers "
-              "start at random")
+        print(f"{path} knows {other.num_classes} classes, not {net.num_classes}: the two "
+              "classifiers start at random")
         state |= {name: value for name, value in net.state_dict().items() if ".conv_seg." in name}
     net.load_state_dict(state)
 
@@ -163,14 +165,15 @@ def write_checkpoint(checkpoint, path):
     except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} after iteration {checkpoint['step']} "
-                        f"({str(error).splitlines()[0]}): {kept(path)}") from error
+                        f"({str(error).splitlines()[0]}): {kept(path.with_name('last.pt'))}"
+                        ) from error
 
 
-def kept(path):
-    """A clause on what a run that has to end leaves behind, for its last message."""
-    if not path.exists():
+def kept(last):
+    """What a run that has to end leaves behind: a clause for its last message."""
+    if not last.exists():
         return "there is no checkpoint yet"
-    return f"{path} holds iteration {read_checkpoint(path)['step']}, --resume goes on from there"
+    return f"{last} holds iteration {read_checkpoint(last)['step']}, --resume goes on from there"
 
 
 def read_run(out, recipe):
@@ -183,11 +186,11 @@ def read_run(out, recipe):
     except CheckpointError as error:
         advice = "there is no other checkpoint, start again"
         if best.exists():
-            advice = (f"{best} holds iteration {read_checkpoint(best)['step']}: copy it to {last} to "
-                      "go on from there")
+            advice = (f"{best} holds iteration {read_checkpoint(best)['step']}: copy it to {last} "
+                      "to go on from there")
         raise UserError(f"{error}; {advice}") from error
     if not isinstance(checkpoint, dict) or "recipe" not in checkpoint:
-        raise UserError(f"{last} was not written by train.py: use --init for weights from elsewhere")
+        raise UserError(f"{last} is not a checkpoint of train.py: --init takes weights of others")
     changed = [f"{name} was {value} and is {recipe[name]}"
                for name, value in checkpoint["recipe"].items() if value != recipe[name]]
     if changed:
@@ -197,10 +200,11 @@ def read_run(out, recipe):
 
 
 def open_log(path, step, validated):
-    """The log, to write on, with only those of its lines that come before a checkpoint: it was made
-    after iteration `step`, and knows of validations up to that after iteration `validated`."""
+    """Open the log to write on, without the lines that the checkpoint does not know of: those after
+    iteration `step`, and of validations after iteration `validated`."""
     before = []
-    for line in path.read_text().splitlines() if step > 0 and path.exists() else []:
+    lines = path.read_text().splitlines() if step > 0 and path.exists() else []
+    for line in lines:
         try:
             event = json.loads(line)
         except ValueError:  # the run was killed while it wrote
@@ -219,7 +223,7 @@ def open_log(path, step, validated):
 
 def agree(value):
     """The largest value that any process has. All of them must ask, and wait for each other."""
-    value = torch.tensor(value)
+    value = torch.tensor(value)  # on the CPU: a GPU need not be waited for
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
@@ -228,22 +232,23 @@ def agree(value):
 def main(device, rank, world):
     args = parse_args(device)
     check_args(args, device, world)
-    out, last = Path(args.out), Path(args.out, "last.pt")
+    out, last, best = Path(args.out), Path(args.out, "last.pt"), Path(args.out, "best.pt")
     # torchrun --max-restarts repeats the same command when a process has crashed.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = args.resume or (restarted and last.exists())
-    if last.exists() and not resume:
+    if (last.exists() or best.exists()) and not resume:
         raise UserError(f"{out} already holds a run: type --resume to go on with it, or --out for "
                         "another folder")
     train_set = Cityscapes(args.data, "train", args.cache)
     val_set = Cityscapes(args.data, "val")
     if args.coarse:
         train_set.files += Cityscapes(args.data, "train_extra").files
-    recipe = {name: getattr(args, name, len(train_set)) for name in REFERENCE} | {"seed": args.seed}
+    settings = vars(args) | {"images": len(train_set)}
+    recipe = {name: settings[name] for name in (*REFERENCE, "seed")}
 
     # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the same run, the same weights
+    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
     torch.manual_seed(args.seed)
     net = PSPNet(NUM_CLASSES, args.backbone)
     if rank == 0 and not resume:  # DistributedDataParallel hands rank 0's weights to the others
@@ -255,7 +260,8 @@ def main(device, rank, world):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=memory_format(device))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    step, validated, best_miou, losses = 0, 0, -1.0, []
+    step, losses = 0, []  # iterations done; the loss of each since the last line of the log
+    validated, best_miou = 0, -1.0  # the iteration of the latest validation; of all validations
     if resume:
         checkpoint = read_run(out, recipe)
         net.load_state_dict(checkpoint["state_dict"])
@@ -272,10 +278,12 @@ def main(device, rank, world):
             out.mkdir(parents=True, exist_ok=True)
             log = open_log(out / "log.jsonl", step, validated)
         except OSError as error:
-            raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from error
+            raise UserError(f"cannot write to {out} ({error.strerror}): give another --out"
+                            ) from error
         print_recipe(args, recipe, device, world, len(val_set))
 
-    # Iteration i has samples i * args.batch_size and following, process r every world-th of them.
+    # Iteration i = 0, 1, ... has samples i * args.batch_size and following, process r every
+    # world-th of them.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -288,23 +296,25 @@ def main(device, rank, world):
 
     def save(*names):
         if not all(value.isfinite().all() for value in net.state_dict().values()):
-            raise UserError(f"the weights after iteration {step} are not finite: lower --lr; "
-                            f"{kept(last)}")
+            raise UserError(f"the weights after iteration {step} are not finite: start again with "
+                            f"a lower --lr; {kept(last)}")
         if rank == 0:
             checkpoint = {
                 "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                 "validated": validated, "best_miou": best_miou, "losses": losses, "recipe": recipe}
             for name in names:
                 write_checkpoint(checkpoint, out / name)
-        agree(0)  # that it is written, before anybody ends
+        agree(0)  # nobody ends before it is written
 
     stop_signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop_signals.append(number))
+        signal.signal(number, lambda *_: stop_signals.append(1))
 
     def stop():
-        raise Stopped(f"stopped; {last} holds iteration {step}, the same command with --resume goes "
-                      "on from there")
+        raise Stopped(f"stopped; {last} holds iteration {step}, the same command with --resume "
+                      "goes on from there")
+
+    recent = []  # losses that are still on the device
 
     def read_losses():
         """Move the losses of the latest iterations, the mean over all processes, to `losses`."""
@@ -316,25 +326,27 @@ def main(device, rank, world):
                 raise UserError(
                     f"the loss of iteration {i + 1} is {value}, at learning rate "
                     f"{poly_lr(i, args.iters, args.lr):.2g} and with samples {i * args.batch_size} "
-                    f"to {(i + 1) * args.batch_size - 1}: lower --lr; {kept(last)}")
+                    f"to {(i + 1) * args.batch_size - 1}: start again with a lower --lr; "
+                    f"{kept(last)}")
             losses.append(value)
         recent.clear()
 
     def validate():
         nonlocal validated, best_miou
-        if world > 1:  # without SyncBatchNorm each process has statistics of its own
+        if world > 1:  # without SyncBatchNorm each process has batch statistics of its own
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        rows = []
+        # Process 0 has images 0, world, 2 world, ...: show six of them that are far apart.
+        rows, every = [], world * max(1, len(val_set) // (6 * world))
 
-        def look(i, image, label, prediction):
+        def on_image(i, image, label, prediction):
             if stop_signals:
                 stop()  # last.pt is from before this validation, which will be done again
-            if len(rows) < 6 and rank == 0:
+            if i % every == 0 and len(rows) < 6:
                 rows.append([photograph(image), colored(label), colored(prediction.cpu())])
 
-        scores = scores_of(evaluate(net, val_set, device, look, precision=args.precision,
-                                    workers=args.workers))
+        scores = scores_of(evaluate(net, val_set, device, on_image,
+                                    precision=args.precision, workers=args.workers))
         net.train()
         better, validated = scores["miou"] > best_miou, step
         best_miou = max(best_miou, scores["miou"])
@@ -344,15 +356,14 @@ def main(device, rank, world):
             print(format_scores(scores) if step == args.iters else
                   f"iteration {step}: mIoU {100 * scores['miou']:.2f} %, pixel accuracy "
                   f"{100 * scores['pixel_accuracy']:.2f} %", flush=True)
-        save(*["best.pt"] * better, "last.pt")  # in this order: last.pt never knows of more
+        # best.pt first: if the run is killed between the two, the validation is done again.
+        save(*(["best.pt"] if better else []), "last.pt")
 
     def validation_is_due():
         return step % args.val_every == 0 or step == args.iters
 
     if step == 0:
         note("recipe", **recipe)
-    net.train()
-    recent = []  # losses that are still on the device
     waiting, since, since_step = 0.0, time.perf_counter(), step  # seconds, for the progress bar
     with tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
@@ -366,12 +377,13 @@ def main(device, rank, world):
                 break
 
             before = time.perf_counter()
-            image, label = next(batches)
+            image, label = next(batches)  # (B, 3, H, W), (B, H, W), uint8; B: of this process
             waiting += time.perf_counter() - before
             image = image.to(device, non_blocking=True)
             label = label.to(device, non_blocking=True).long()
             rate = optimizer.param_groups[0]["lr"] = poly_lr(step, args.iters, args.lr)
-            torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)  # for dropout
+            # Dropout is a function of (seed, iteration, process) alone.
+            torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits, aux_logits = model(image)
@@ -390,11 +402,12 @@ def main(device, rank, world):
             if logging:
                 seconds = time.perf_counter() - since
                 speed = (step - since_step) * args.batch_size / seconds
-                loss = sum(losses) / len(losses)
-                note("train", lr=rate, loss=loss, images_per_second=speed, waiting=waiting / seconds)
+                mean_loss = sum(losses) / len(losses)
+                note("train", lr=rate, loss=mean_loss, images_per_second=speed,
+                     waiting=waiting / seconds)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
+                                    f"{waiting / seconds:.0%} waiting for data", refresh=False)
                 bar.update(step - bar.n)
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
-                                    f"{waiting / seconds:.0%} waiting for data")
                 losses.clear()
                 waiting, since, since_step = 0.0, time.perf_counter(), step
             if saving:

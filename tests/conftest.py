@@ -20,9 +20,10 @@ import evaluate  # noqa: E402
 MMSEG = torch.load(TESTS / "mmseg.pt", weights_only=True)
 
 
-def run_script(*command, processes=1, timeout=120, **options):
+def run_script(*command, processes=1, restarts=0, timeout=120, **options):
     """Run a script as a user does, under torchrun where processes > 1; returns the completed process, output as text."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    torchrun = torchrun if processes > 1 else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}
     return subprocess.run([sys.executable, *torchrun, SCRIPTS / command[0], *map(str, command[1:])], capture_output=True,
                           text=True, timeout=timeout, env=environment, **options)

@@ -88,6 +88,7 @@ def test_files_are_found_among_others_in_any_case_and_behind_links(tmp_path):
     (root / "gtFine/train/toytown2").rename(root / "gtFine/train/ToyTown2")
     label = root / "gtFine/train/toytown0/toytown0_000003_000019_gtFine_labelIds.png"
     label.rename(label.with_name(label.name.upper()))
+    (root / "leftImg8bit/train").rename(root / "leftImg8bit/Train")
     (root / "gtFine").rename(root / "GTFINE")
     dataset = Cityscapes(root, "train")
     assert [Path(image).name for image, _ in dataset.files] == expected
@@ -95,6 +96,31 @@ def test_files_are_found_among_others_in_any_case_and_behind_links(tmp_path):
         assert image_path.name[:20].lower() == label_path.name[:20].lower()
         assert np.array_equal(image.permute(1, 2, 0), np.array(Image.open(image_path)))
         assert np.array_equal(cityscapes.TRAIN_ID_TO_ID[label[label != VOID]], np.array(Image.open(label_path))[label != VOID])
+
+
+def test_images_of_one_name_in_two_cities_are_two_images(tmp_path):
+    for city in ("aachen", "zurich"):
+        write_pair(tmp_path, np.zeros((2, 4, 3)), np.full((2, 4), 7 if city == "aachen" else 8))
+        for kind in ("leftImg8bit", "gtFine"):
+            (tmp_path / kind / "train/aachen").rename(tmp_path / kind / f"train/{city}_")
+    dataset = Cityscapes(tmp_path, "train")
+    assert [label.unique().tolist() for _, label in dataset] == [[0], [1]]
+
+
+def test_test_labels_are_void_also_when_id_0_is_a_class(tmp_path, monkeypatch):
+    root = draw_cityscapes(tmp_path, {"test": 1}, (16, 32))
+    table = cityscapes.ID_TO_TRAIN_ID.clone()
+    table[0] = 3
+    monkeypatch.setattr(cityscapes, "ID_TO_TRAIN_ID", table)
+    assert (Cityscapes(root, "test")[0][1] == VOID).all()
+
+
+def test_coarse_labels_without_their_images_are_no_problem(tmp_path, capsys):
+    root = draw_cityscapes(tmp_path, {"train": 1, "val": 1, "test": 1}, (16, 32))
+    (root / "gtCoarse/train_extra/augsburg").mkdir(parents=True)
+    Image.new("L", (32, 16)).save(root / "gtCoarse/train_extra/augsburg/augsburg_000000_000000_gtCoarse_labelIds.png")
+    assert cityscapes.survey(root, check=True) == []
+    assert "train_extra" not in capsys.readouterr().out
 
 
 def test_test_labels_are_void_and_coarse_labels_are_read(tmp_path):

@@ -222,7 +222,7 @@ def test_script_names_the_protocol_and_what_it_can_be_compared_with(toy, checkpo
     process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--flip", "--tile", 48, 80, "--scales", 0.5, 1,
                          "--json", tmp_path / "scores.json")
     assert process.returncode == 0, process.stderr
-    assert "tiles of 48x80, scales 0.5 1, with flip" in process.stdout and "no published figure" in process.stdout
+    assert "tiles of 48x80, scales 0.5 1, with flip" in process.stdout and "no known figure" in process.stdout
     assert json.loads((tmp_path / "scores.json").read_text())["protocol"]["tile"] == [48, 80]
     for arguments, figure in ((([1.0], False, None), "77.85"), (([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True, None), "79.18"),
                               (([1.0], True, [713, 713]), "77.30")):
@@ -293,10 +293,19 @@ def test_mistakes_end_with_exit_code_2_and_one_sentence(toy, checkpoint, tmp_pat
     photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
     (tmp_path / "again" / photograph.name).write_bytes(photograph.read_bytes())
     wrong("--ckpt", checkpoint, "--images", photograph, tmp_path / "again", "--save-ids", tmp_path / "x", words=["two images"])
+    before = photograph.read_bytes()
+    wrong("--ckpt", checkpoint, "--images", photograph, "--save-ids", photograph.parent, words=["among the images"])
+    assert photograph.read_bytes() == before
+    wrong("--ckpt", checkpoint, "--data", toy, "--json", tmp_path / "none/scores.json", words=["--json", "no folder"])
+    wrong("--ckpt", checkpoint, "--data", toy, "--workers", "-1", words=["--workers"])
+    void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
+    Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
+    wrong("--ckpt", checkpoint, "--data", void, "--workers", 0, words=["nothing to score"])
 
 
 def test_a_mistake_in_several_processes_is_said_once(toy, tmp_path):
-    process = run_script("evaluate.py", "--ckpt", tmp_path / "none.pt", "--data", toy, processes=2)
+    """... and not again when torchrun repeats the command, which it does after every failure if told to."""
+    process = run_script("evaluate.py", "--ckpt", tmp_path / "none.pt", "--data", toy, processes=2, restarts=1)
     assert process.returncode != 0  # torchrun's, which adds a report of its own
     assert [line for line in process.stderr.splitlines() if "evaluate.py: " in line] == [
         f"evaluate.py: there is no checkpoint file {tmp_path / 'none.pt'}"]

@@ -260,6 +260,14 @@ def test_pooling_matrix_equals_adaptive_pooling(bins, size):
     assert (x @ pspnet.pooling_matrix(bins, size, like=x)[0].mT - expected).abs().max() < 1e-14
 
 
+def test_matrices_are_as_exact_as_bfloat16_allows():
+    for matrix in (pspnet.pooling_matrix, pspnet.interpolation_matrix):
+        arguments = (6, 300) if matrix is pspnet.pooling_matrix else (6, 1030)
+        exact = matrix(*arguments, like=torch.zeros((), dtype=torch.float64))
+        rounded = matrix(*arguments, like=torch.zeros((), dtype=torch.bfloat16))
+        assert torch.all((rounded.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6)
+
+
 # Checkpoints --------------------------------------------------------------------------------------
 
 
@@ -293,7 +301,9 @@ def test_load_net_gives_the_same_logits_as_the_net_that_was_saved(tmp_path):
 
 def test_load_net_reads_files_without_batch_norms_counters(tmp_path):
     path = mmsegmentation_file(tmp_path / "net.pth", "resnet18", without=("num_batches_tracked",))
-    assert load_net(path).backbone_name == "resnet18"
+    net = load_net(path)
+    assert net.backbone_name == "resnet18"
+    assert all(value == 0 for name, value in net.state_dict().items() if name.endswith("num_batches_tracked"))
 
 
 def refused_files(folder):
@@ -302,7 +312,8 @@ def refused_files(folder):
     torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, folder / "classifier.pth")
     torch.save([torch.zeros(3)], folder / "list.pth")
     torch.save({"net": {}}, folder / "other.pth")
-    torch.save({"state_dict": {"weight": 3}}, folder / "number.pth")
+    torch.save({"state_dict": {"weight": 3, 4: 5}}, folder / "number.pth")
+    torch.save({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, folder / "bias.pth")
     torch.save({"state_dict": re.compile("code")}, folder / "objects.pth")
     torch.save({"state_dict": np.float64(1)}, folder / "numpy.pth")
     (folder / "empty.pth").touch()
@@ -318,7 +329,7 @@ def refused_files(folder):
     mmsegmentation_file(folder / "769x769.pth", "resnet50_v1c", config="align_corners=False ... align_corners=True")
     return {
         "nothing.pth": "there is no", ".": "there is no", "classifier.pth": "names and shapes", "list.pth": "no 'state_dict'",
-        "other.pth": "no 'state_dict'", "number.pth": "names and shapes", "objects.pth": "cannot be read",
+        "other.pth": "no 'state_dict'", "number.pth": "names and shapes", "bias.pth": "names and shapes", "objects.pth": "cannot be read",
         "numpy.pth": "cannot be read", "empty.pth": "cannot be read", "text.pth": "cannot be read",
         "missing.pth": "names and shapes", "r50-d32.pth": "strides=(1, 2, 2, 2)", "769x769.pth": "align_corners=True",
     } | {f"{kind}{share}.pth": "cannot be read" for kind in ("cut", "legacy") for share in (0.1, 0.5, 0.9, 0.999)}

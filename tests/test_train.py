@@ -347,7 +347,8 @@ def test_mistakes_end_with_exit_code_2_and_one_sentence(toy, tmp_path, reference
     wrong(*ITERATIONS, "--lr", 0.02, "--seed", 1, "--resume", out=out, words=["lr was 0.01 and is 0.02", "seed was 0 and is 1"])
 
 
-@pytest.mark.parametrize(("batch_size", "words"), [(4, "shared by 3 processes: type --batch-size 6"), (3, "two images in each process.*--batch-size 6")])
+@pytest.mark.parametrize(("batch_size", "words"), [(4, "shared by 3 processes: type --batch-size 6"), (2, "shared by 3 processes: type --batch-size 6"),
+                                                   (3, "two images in each process.*--batch-size 6")])
 def test_batches_that_processes_cannot_share_are_a_mistake(monkeypatch, batch_size, words):
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", str(batch_size)])
     cpu = torch.device("cpu")
@@ -365,4 +366,4 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(toy, tmp_path, r
     step = read_checkpoint(best)["step"]
     mistake("train.py", *arguments, words=["cut short", f"best.pt holds iteration {step}: copy it to {tmp_path}/last.pt"])
     torch.save({"state_dict": load_net(best).state_dict()}, tmp_path / "last.pt")
-    mistake("train.py", *arguments, words=["was not written by train.py", "--init"])
+    mistake("train.py", *arguments, words=["is not a checkpoint of train.py", "--init"])
