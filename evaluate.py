@@ -273,7 +273,7 @@ class Photographs(Dataset):
         try:
             with Image.open(self.files[i][0]) as picture:
                 picture = ImageOps.exif_transpose(picture)  # upright, as cameras mean it
-                if picture.mode.startswith("I;16"):
+                if picture.mode.startswith("I"):  # 16 bits
                     picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
                 pixels = np.array(picture.convert("RGB"))
         except Exception as error:  # Pillow raises almost anything

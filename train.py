@@ -248,6 +248,7 @@ def main(device, rank, world):
 
     # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
     torch.use_deterministic_algorithms(True, warn_only=True)  # the same run, the same weights
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
     torch.manual_seed(args.seed)
     net = PSPNet(NUM_CLASSES, args.backbone)

@@ -1,19 +1,20 @@
-"""Speed, memory and repeatability on an accelerator; pytest does not collect this. Each line that it prints is JSON.
+"""Speed, memory and repeatability, on an accelerator or a CPU; pytest does not collect this. Each line that it prints is JSON.
 
-    python tests/bench_gpu.py train             # images/s and peak memory of a training step in every setting, in turn
-    python tests/bench_gpu.py eval              # the same for whole 1024x2048 images
-    python tests/bench_gpu.py profile           # where the time of the fastest training step goes
-    python tests/bench_gpu.py loader --data DIR # images/s that the cores can make, from PNG and from the cache
-    python tests/bench_gpu.py bytes --data DIR  # are two runs of 200 iterations, and one stopped and resumed, the same bytes?
+    python tests/bench.py train             # images/s and peak memory of a training step in every setting, in turn
+    python tests/bench.py eval              # the same for whole images of twice the crop, 1024x2048
+    python tests/bench.py profile           # where the time of the fastest training step goes
+    python tests/bench.py loader --data DIR # images/s that the cores can make, from PNG and from the cache
+    python tests/bench.py bytes --data DIR  # are two runs of 200 iterations, and one stopped and resumed, the same bytes?
 
-With mmsegmentation 1.2.2, mmengine and mmcv-lite installed, `train` and `eval` measure its model as well. On a CPU use a small
---crop and --batch-size, to see that everything runs.
+With mmsegmentation 1.2.2, mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train` and `eval` measure its model as well, and print
+how many times as fast each setting is. On a CPU only float32 is measured, and --crop 256 512 --batch-size 2 is enough.
 """
 import argparse
 import hashlib
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from train import segmentation_loss  # noqa: E402
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 EXACT = PyramidHead.forward
+RATES = {}  # (what is measured, setting) -> images/s in each round
 
 
 def synchronize():
@@ -75,6 +77,8 @@ def machine():
 def our_step(args, precision, channels_last, compiled, textbook=False, deterministic=True):
     """One training step of train.py with data on the device already."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
     PyramidHead.forward = PyramidHead.textbook_forward if textbook else EXACT
@@ -155,11 +159,22 @@ def their_step(args, config, amp):
 def attempt(measure, what, build, images):
     """Measure one setting; a setting that fails is a line as well."""
     try:
-        emit(measure=measure, setting=what, **timed(build(), images))
+        result = timed(build(), images)
+        RATES.setdefault((measure, what), []).append(result["images_per_s"])
+        emit(measure=measure, setting=what, **result)
     except Exception as error:
         emit(measure=measure, setting=what, error=str(error).splitlines()[0])
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def summarize(measure, reference):
+    """The median of the rounds of each setting, and how many times as fast as mmsegmentation in the same round."""
+    for (kind, what), rates in RATES.items():
+        if kind == measure:
+            times = [a / b for a, b in zip(rates, RATES.get((kind, reference), []))]
+            emit(measure=measure, setting=what, rounds=len(rates), median_images_per_s=statistics.median(rates),
+                 times_mmsegmentation=round(statistics.median(times), 2) if times else None)
 
 
 def bench_train(args):
@@ -167,7 +182,9 @@ def bench_train(args):
         gflops = count_gflops(PSPNet(backbone=args.backbone), (args.batch_size, 3, *args.crop), training=True)
     emit(gflops_per_step=round(gflops, 1))
     settings = {"fp32, TF32": ("fp32", False, False), "bf16": ("bf16", False, False), "bf16, channels last": ("bf16", True, False)}
-    if args.compile:
+    if DEVICE.type == "cpu":
+        settings = {"fp32": ("fp32", False, False)}
+    elif args.compile:
         settings["bf16, channels last, compiled"] = ("bf16", True, True)
     for _ in range(args.rounds):
         for what, setting in settings.items():
@@ -178,33 +195,51 @@ def bench_train(args):
         config = mmsegmentation()
         if config:
             attempt("train", "mmsegmentation as it ships", lambda: their_step(args, config, False), args.batch_size)
-            attempt("train", "mmsegmentation, its AMP", lambda: their_step(args, config, True), args.batch_size)
+            if DEVICE.type != "cpu":
+                attempt("train", "mmsegmentation, its AMP", lambda: their_step(args, config, True), args.batch_size)
+    summarize("train", "mmsegmentation as it ships")
+
+
+def our_prediction(args, image, precision, channels_last):
+    """evaluate.py's prediction of one whole image, which is on the device already."""
+    net = PSPNet(backbone=args.backbone).eval()
+    net.to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def work():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            predict(net, image)
+
+    return work
+
+
+def their_prediction(config, image):
+    """The same by mmengine's test loop."""
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+    model = MODELS.build(config.model).to(DEVICE).eval()
+    size = image.shape[1:]
+    sample = SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4})
+
+    def work():
+        with torch.no_grad():
+            model.test_step({"inputs": [image], "data_samples": [sample]})
+
+    return work
 
 
 def bench_eval(args):
-    size = [2 * length for length in args.crop]
-    image = torch.randint(256, (3, *size), dtype=torch.uint8, device=DEVICE)
-    for precision in ("fp32", "bf16"):
-        for channels_last in (False, True):
-            net = PSPNet(backbone=args.backbone).to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-            def work(net=net.eval(), precision=precision):
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-                    predict(net, image)
-
-            attempt("eval", f"{precision}{', channels last' * channels_last}", lambda work=work: work, 1)
+    torch.use_deterministic_algorithms(False)
+    image = torch.randint(256, (3, *(2 * length for length in args.crop)), dtype=torch.uint8, device=DEVICE)
+    settings = {"fp32": ("fp32", False)}
+    if DEVICE.type != "cpu":
+        settings |= {"fp32, channels last": ("fp32", True), "bf16, channels last": ("bf16", True)}
     config = mmsegmentation()
-    if config:
-        from mmseg.registry import MODELS
-        from mmseg.structures import SegDataSample
-        model = MODELS.build(config.model).to(DEVICE).eval()
-        sample = SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4})
-
-        def theirs():
-            with torch.no_grad():
-                model.test_step({"inputs": [image], "data_samples": [sample]})
-
-        attempt("eval", "mmsegmentation's test_step", lambda: theirs, 1)
+    for _ in range(args.rounds):
+        for what, setting in settings.items():
+            attempt("eval", what, lambda setting=setting: our_prediction(args, image, *setting), 1)
+        if config:
+            attempt("eval", "mmsegmentation's test_step", lambda: their_prediction(config, image), 1)
+    summarize("eval", "mmsegmentation's test_step")
 
 
 def bench_profile(args):
