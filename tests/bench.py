@@ -1,14 +1,17 @@
-"""Speed, memory and repeatability, on an accelerator or a CPU; pytest does not collect this. Each line that it prints is JSON.
+"""Speed, memory and repeatability, on an accelerator or a CPU; pytest does not collect this. Each
+line that it prints is JSON.
 
-    python tests/bench.py train             # images/s and peak memory of a training step in every setting, in turn
+    python tests/bench.py train             # images/s, peak memory of a training step, each setting
     python tests/bench.py eval              # the same for whole images of twice the crop, 1024x2048
     python tests/bench.py profile           # where the time of the fastest training step goes
-    python tests/bench.py loader --data DIR # images/s that the cores can make, from PNG and from the cache
-    python tests/bench.py bytes --data DIR  # are two runs of 200 iterations, and one stopped and resumed, the same bytes?
+    python tests/bench.py loader --data DIR # images/s that the cores make, from PNG and the cache
+    python tests/bench.py bytes --data DIR  # are two runs, and a resumed one, the same bytes?
 
-With mmsegmentation 1.2.2, mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train` and `eval` measure its model as well, and print
-how many times as fast each setting is. On a CPU only float32 is measured, and --crop 256 512 --batch-size 2 is enough.
+With mmsegmentation 1.2.2, mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train` and `eval` measure
+its model as well, and print how many times as fast each setting is. On a CPU only float32 is
+measured, and --crop 256 512 --batch-size 2 is enough.
 """
+
 import argparse
 import hashlib
 import importlib.util
@@ -58,7 +61,11 @@ def timed(work, images, seconds=6.0):
         synchronize()
     rate = images * calls / (time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
-    return {"images_per_s": round(rate, 2), "ms_per_step": round(1000 * images / rate, 2), "peak_gib": memory and round(memory, 2)}
+    return {
+        "images_per_s": round(rate, 2),
+        "ms_per_step": round(1000 * images / rate, 2),
+        "peak_gib": memory and round(memory, 2),
+    }
 
 
 def emit(**values):
@@ -66,8 +73,12 @@ def emit(**values):
 
 
 def machine():
-    emit(torch=torch.__version__, device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
-         cores=os.cpu_count(), cudnn=torch.backends.cudnn.version())
+    emit(
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
+        cores=os.cpu_count(),
+        cudnn=torch.backends.cudnn.version(),
+    )
     n = 8192 if DEVICE.type != "cpu" else 1024
     a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rate = timed(lambda: a @ b, 1, seconds=2)["images_per_s"]
@@ -82,7 +93,9 @@ def our_step(args, precision, channels_last, compiled, textbook=False, determini
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
     PyramidHead.forward = PyramidHead.textbook_forward if textbook else EXACT
-    net = PSPNet(backbone=args.backbone).to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    net = PSPNet(backbone=args.backbone).to(
+        DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
     net.train()
     model = torch.compile(net) if compiled else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
@@ -101,17 +114,23 @@ def our_step(args, precision, channels_last, compiled, textbook=False, determini
 
 
 def mmsegmentation():
-    """Its recipe's config, with a stand-in for mmcv's compiled extension, which PSPNet never calls."""
+    """Its recipe's config, with a stand-in for mmcv's compiled extension, which PSPNet never
+    calls."""
     if importlib.util.find_spec("mmseg") is None:
         return None
     if "mmcv._ext" not in sys.modules:
         stub = types.ModuleType("mmcv._ext")
-        stub.__getattr__ = lambda name: (lambda *a, **k: None) if not name.startswith("__") else (_ for _ in ()).throw(AttributeError(name))
+        stub.__getattr__ = lambda name: (
+            (lambda *a, **k: None)
+            if not name.startswith("__")
+            else (_ for _ in ()).throw(AttributeError(name))
+        )
         stub.__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)
         sys.modules["mmcv._ext"] = stub
     import mmseg
     from mmengine.config import Config
     from mmseg.utils import register_all_modules
+
     register_all_modules(init_default_scope=True)
     folder = Path(mmseg.__file__).parent / ".mim/configs/pspnet"
     config = Config.fromfile(folder / "pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")
@@ -134,6 +153,7 @@ def their_step(args, config, amp):
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
+
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = True  # its default_runtime.py
     config.model.data_preprocessor.size = tuple(args.crop)
@@ -142,7 +162,9 @@ def their_step(args, config, amp):
     if amp:
         wrapper |= {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}
     optimizer = build_optim_wrapper(model, wrapper)
-    images = list(torch.randint(256, (args.batch_size, 3, *args.crop), dtype=torch.uint8, device=DEVICE))
+    images = list(
+        torch.randint(256, (args.batch_size, 3, *args.crop), dtype=torch.uint8, device=DEVICE)
+    )
     labels = torch.randint(19, (args.batch_size, 1, *args.crop), device=DEVICE)
 
     def step():
@@ -169,34 +191,68 @@ def attempt(measure, what, build, images):
 
 
 def summarize(measure, reference):
-    """The median of the rounds of each setting, and how many times as fast as mmsegmentation in the same round."""
+    """The median of the rounds of each setting, and how many times as fast as mmsegmentation in the
+    same round."""
     for (kind, what), rates in RATES.items():
         if kind == measure:
             times = [a / b for a, b in zip(rates, RATES.get((kind, reference), []))]
-            emit(measure=measure, setting=what, rounds=len(rates), median_images_per_s=statistics.median(rates),
-                 times_mmsegmentation=round(statistics.median(times), 2) if times else None)
+            emit(
+                measure=measure,
+                setting=what,
+                rounds=len(rates),
+                median_images_per_s=statistics.median(rates),
+                times_mmsegmentation=round(statistics.median(times), 2) if times else None,
+            )
 
 
 def bench_train(args):
     with torch.device("meta"):
-        gflops = count_gflops(PSPNet(backbone=args.backbone), (args.batch_size, 3, *args.crop), training=True)
+        gflops = count_gflops(
+            PSPNet(backbone=args.backbone), (args.batch_size, 3, *args.crop), training=True
+        )
     emit(gflops_per_step=round(gflops, 1))
-    settings = {"fp32, TF32": ("fp32", False, False), "bf16": ("bf16", False, False), "bf16, channels last": ("bf16", True, False)}
+    settings = {
+        "fp32, TF32": ("fp32", False, False),
+        "bf16": ("bf16", False, False),
+        "bf16, channels last": ("bf16", True, False),
+    }
     if DEVICE.type == "cpu":
         settings = {"fp32": ("fp32", False, False)}
     elif args.compile:
         settings["bf16, channels last, compiled"] = ("bf16", True, True)
     for _ in range(args.rounds):
         for what, setting in settings.items():
-            attempt("train", what, lambda setting=setting: our_step(args, *setting), args.batch_size)
-        attempt("train", f"{what}, textbook's head", lambda: our_step(args, *setting, textbook=True), args.batch_size)
-        attempt("train", f"{what}, not deterministic", lambda: our_step(args, *setting, deterministic=False), args.batch_size)
+            attempt(
+                "train", what, lambda setting=setting: our_step(args, *setting), args.batch_size
+            )
+        attempt(
+            "train",
+            f"{what}, textbook's head",
+            lambda: our_step(args, *setting, textbook=True),
+            args.batch_size,
+        )
+        attempt(
+            "train",
+            f"{what}, not deterministic",
+            lambda: our_step(args, *setting, deterministic=False),
+            args.batch_size,
+        )
         PyramidHead.forward = EXACT
         config = mmsegmentation()
         if config:
-            attempt("train", "mmsegmentation as it ships", lambda: their_step(args, config, False), args.batch_size)
+            attempt(
+                "train",
+                "mmsegmentation as it ships",
+                lambda: their_step(args, config, False),
+                args.batch_size,
+            )
             if DEVICE.type != "cpu":
-                attempt("train", "mmsegmentation, its AMP", lambda: their_step(args, config, True), args.batch_size)
+                attempt(
+                    "train",
+                    "mmsegmentation, its AMP",
+                    lambda: their_step(args, config, True),
+                    args.batch_size,
+                )
     summarize("train", "mmsegmentation as it ships")
 
 
@@ -216,9 +272,12 @@ def their_prediction(config, image):
     """The same by mmengine's test loop."""
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
+
     model = MODELS.build(config.model).to(DEVICE).eval()
     size = image.shape[1:]
-    sample = SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4})
+    sample = SegDataSample(
+        metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4}
+    )
 
     def work():
         with torch.no_grad():
@@ -229,7 +288,9 @@ def their_prediction(config, image):
 
 def bench_eval(args):
     torch.use_deterministic_algorithms(False)
-    image = torch.randint(256, (3, *(2 * length for length in args.crop)), dtype=torch.uint8, device=DEVICE)
+    image = torch.randint(
+        256, (3, *(2 * length for length in args.crop)), dtype=torch.uint8, device=DEVICE
+    )
     settings = {"fp32": ("fp32", False)}
     if DEVICE.type != "cpu":
         settings |= {"fp32, channels last": ("fp32", True), "bf16, channels last": ("bf16", True)}
@@ -238,7 +299,9 @@ def bench_eval(args):
         for what, setting in settings.items():
             attempt("eval", what, lambda setting=setting: our_prediction(args, image, *setting), 1)
         if config:
-            attempt("eval", "mmsegmentation's test_step", lambda: their_prediction(config, image), 1)
+            attempt(
+                "eval", "mmsegmentation's test_step", lambda: their_prediction(config, image), 1
+            )
     summarize("eval", "mmsegmentation's test_step")
 
 
@@ -249,52 +312,128 @@ def bench_profile(args):
     with torch.profiler.profile() as profile:
         step()
         synchronize()
-    print(profile.key_averages().table(sort_by=f"self_{'cuda' if DEVICE.type == 'cuda' else 'cpu'}_time_total", row_limit=25))
+    print(
+        profile.key_averages().table(
+            sort_by=f"self_{'cuda' if DEVICE.type == 'cuda' else 'cpu'}_time_total", row_limit=25
+        )
+    )
 
 
 def bench_loader(args):
     with tempfile.TemporaryDirectory() as cache:
-        for what, folder in (("from PNG", None), ("filling the cache", cache), ("from the cache", cache)):
+        for what, folder in (
+            ("from PNG", None),
+            ("filling the cache", cache),
+            ("from the cache", cache),
+        ):
             stream = TrainingStream(Cityscapes(args.data, "train", folder), args.crop)
             for workers in sorted({1, 2, os.cpu_count() // 2, os.cpu_count()}):
-                loader = DataLoader(stream, args.batch_size, sampler=range(args.samples), num_workers=workers)
+                loader = DataLoader(
+                    stream, args.batch_size, sampler=range(args.samples), num_workers=workers
+                )
                 batches = iter(loader)
                 next(batches)
                 start, images = time.perf_counter(), 0
                 for image, _ in batches:
                     images += len(image)
-                emit(measure="loader", setting=what, workers=workers, images_per_s=round(images / (time.perf_counter() - start), 1))
+                emit(
+                    measure="loader",
+                    setting=what,
+                    workers=workers,
+                    images_per_s=round(images / (time.perf_counter() - start), 1),
+                )
 
 
 def bench_bytes(args):
     def digest(out, *extra):
-        command = [sys.executable, SCRIPTS / "train.py", "--data", args.data, "--out", out, "--backbone", args.backbone, "--weights", "none",
-                   "--crop", *args.crop, "--batch-size", args.batch_size, "--iters", args.iters, "--val-every", args.iters,
-                   "--save-every", max(1, args.iters // 4), *extra]
+        command = [
+            sys.executable,
+            SCRIPTS / "train.py",
+            "--data",
+            args.data,
+            "--out",
+            out,
+            "--backbone",
+            args.backbone,
+            "--weights",
+            "none",
+            "--crop",
+            *args.crop,
+            "--batch-size",
+            args.batch_size,
+            "--iters",
+            args.iters,
+            "--val-every",
+            args.iters,
+            "--save-every",
+            max(1, args.iters // 4),
+            *extra,
+        ]
         start = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            list(map(str, command)),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         state = torch.load(Path(out) / "last.pt", weights_only=True)
-        tensors = [*state["state_dict"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]
-        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16], time.perf_counter() - start
+        tensors = [
+            *state["state_dict"].values(),
+            *(s["momentum_buffer"] for s in state["optimizer"]["state"].values()),
+        ]
+        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[
+            :16
+        ], time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder:
         (first, seconds), (second, _) = digest(f"{folder}/a"), digest(f"{folder}/b")
         # The third is stopped at its first checkpoint and resumed.
-        process = subprocess.Popen([sys.executable, SCRIPTS / "train.py", "--data", args.data, "--out", f"{folder}/c", "--backbone",
-                                    args.backbone, "--weights", "none", "--crop", *map(str, args.crop), "--batch-size", str(args.batch_size),
-                                    "--iters", str(args.iters), "--val-every", str(args.iters), "--save-every", str(max(1, args.iters // 4))],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                SCRIPTS / "train.py",
+                "--data",
+                args.data,
+                "--out",
+                f"{folder}/c",
+                "--backbone",
+                args.backbone,
+                "--weights",
+                "none",
+                "--crop",
+                *map(str, args.crop),
+                "--batch-size",
+                str(args.batch_size),
+                "--iters",
+                str(args.iters),
+                "--val-every",
+                str(args.iters),
+                "--save-every",
+                str(max(1, args.iters // 4)),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while not Path(folder, "c/last.pt").exists() and process.poll() is None:
             time.sleep(0.05)
         process.terminate()
         process.wait()
         third, _ = digest(f"{folder}/c", "--resume")
-        emit(measure="bytes", iterations=args.iters, seconds=round(seconds, 1), first=first, second=second, resumed=third,
-             same=first == second == third)
+        emit(
+            measure="bytes",
+            iterations=args.iters,
+            seconds=round(seconds, 1),
+            first=first,
+            second=second,
+            resumed=third,
+            same=first == second == third,
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("train", "eval", "profile", "loader", "bytes"), nargs="+")
     parser.add_argument("--backbone", default="resnet50_v1c")
     parser.add_argument("--batch-size", type=int, default=8)

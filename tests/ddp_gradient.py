@@ -1,5 +1,7 @@
-"""For test_train.py, under torchrun: the gradient of a global batch of 4 images, batch norm and dropout frozen, in float64, by
-DistributedDataParallel over all processes and by rank 0 alone. Prints the largest difference, as a share of the largest gradient."""
+"""For test_train.py, under torchrun: the gradient of a global batch of 4 images, batch norm and
+dropout frozen, in float64, by DistributedDataParallel over all processes and by rank 0 alone.
+Prints the largest difference, as a share of the largest gradient."""
+
 import sys
 from pathlib import Path
 
@@ -21,14 +23,18 @@ net.double().train()
 for module in net.modules():
     if isinstance(module, (nn.BatchNorm2d, nn.Dropout2d)):
         module.eval()
-images = torch.randint(256, (4, 3, 33, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+images = torch.randint(
+    256, (4, 3, 33, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 label = make_label(4, 33, 65)  # with different shares of void in each image
 
 
 def gradients(model, mine):
     net.zero_grad()
     logits, aux_logits = model(images[mine])
-    (segmentation_loss(logits, label[mine]) + 0.4 * segmentation_loss(aux_logits, label[mine])).backward()
+    (
+        segmentation_loss(logits, label[mine]) + 0.4 * segmentation_loss(aux_logits, label[mine])
+    ).backward()
     return [p.grad.clone() for p in net.parameters()]
 
 
@@ -36,5 +42,7 @@ shared = gradients(DistributedDataParallel(net), slice(rank, None, world))
 alone = gradients(net, slice(None))
 if rank == 0:
     largest = max(gradient.abs().max() for gradient in alone)
-    print(max((a - b).abs().max() for a, b in zip(shared, alone, strict=True)).item() / largest.item())
+    print(
+        max((a - b).abs().max() for a, b in zip(shared, alone, strict=True)).item() / largest.item()
+    )
 dist.destroy_process_group()

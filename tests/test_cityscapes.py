@@ -1,4 +1,6 @@
-"""The labels against the official table, the files in every disorder, and the training stream against its definition."""
+"""The labels against the official table, the files in every disorder, and the training stream
+against its definition."""
+
 import csv
 import math
 import os
@@ -17,13 +19,25 @@ from toy_cityscapes import draw_cityscapes
 from torch.utils.data import DataLoader
 
 import cityscapes
-from cityscapes import CLASSES, LABELS, NUM_CLASSES, VOID, Cityscapes, DataError, TrainingStream, color_matrix
+from cityscapes import (
+    CLASSES,
+    LABELS,
+    NUM_CLASSES,
+    VOID,
+    Cityscapes,
+    DataError,
+    TrainingStream,
+    color_matrix,
+)
 
 
 def write_pair(root, image, ids, name="aachen_000000_000019", split="train"):
     """One image (H, W, 3) with its label ids (H, W), in the layout of Cityscapes."""
     city = name.split("_")[0]
-    for kind, ending, pixels in (("leftImg8bit", "leftImg8bit", image), ("gtFine", "gtFine_labelIds", ids)):
+    for kind, ending, pixels in (
+        ("leftImg8bit", "leftImg8bit", image),
+        ("gtFine", "gtFine_labelIds", ids),
+    ):
         if pixels is not None:
             folder = Path(root) / kind / split / city
             folder.mkdir(parents=True, exist_ok=True)
@@ -32,10 +46,13 @@ def write_pair(root, image, ids, name="aachen_000000_000019", split="train"):
 
 
 def ks_distance(values, low, high):
-    """Kolmogorov-Smirnov distance of the values from the uniform distribution, times sqrt(n); over 1.95 once in a thousand."""
+    """Kolmogorov-Smirnov distance of the values from the uniform distribution, times sqrt(n); over
+    1.95 once in a thousand."""
     values = (np.sort(values) - low) / (high - low)
     n = len(values)
-    return max(np.max(np.arange(1, n + 1) / n - values), np.max(values - np.arange(n) / n)) * math.sqrt(n)
+    return max(
+        np.max(np.arange(1, n + 1) / n - values), np.max(values - np.arange(n) / n)
+    ) * math.sqrt(n)
 
 
 # Labels -----------------------------------------------------------------------------------------
@@ -43,10 +60,20 @@ def ks_distance(values, low, high):
 
 def test_labels_equal_the_official_table():
     with open(TESTS / "cityscapes_labels.csv") as file:
-        official = [(int(row["id"]), row["name"], int(row["trainId"]), row["category"],
-                     (int(row["red"]), int(row["green"]), int(row["blue"]))) for row in csv.DictReader(file)]
+        official = [
+            (
+                int(row["id"]),
+                row["name"],
+                int(row["trainId"]),
+                row["category"],
+                (int(row["red"]), int(row["green"]), int(row["blue"])),
+            )
+            for row in csv.DictReader(file)
+        ]
     assert [tuple(label) for label in LABELS] == official
-    assert [label.name for label in CLASSES] == [row[1] for row in sorted(official, key=lambda r: r[2]) if 0 <= row[2] < 255]
+    assert [label.name for label in CLASSES] == [
+        row[1] for row in sorted(official, key=lambda r: r[2]) if 0 <= row[2] < 255
+    ]
 
 
 def test_train_ids_colors_and_label_ids_follow_from_the_table():
@@ -67,7 +94,9 @@ def test_all_34_ids_are_read_and_others_are_an_error_that_names_file_and_values(
     ids[0, 3], ids[1, 5] = 34, 255
     write_pair(tmp_path, np.zeros((2, 17, 3)), ids)
     for read in (lambda: dataset[0], lambda: TrainingStream(dataset, (4, 34))[0]):
-        with pytest.raises(DataError, match=r"aachen_000000_000019_gtFine_labelIds.png .*\(34, 255\)"):
+        with pytest.raises(
+            DataError, match=r"aachen_000000_000019_gtFine_labelIds.png .*\(34, 255\)"
+        ):
             read()
 
 
@@ -78,10 +107,14 @@ def test_files_are_found_among_others_in_any_case_and_behind_links(tmp_path):
     root = draw_cityscapes(tmp_path / "a", {"train": 20}, (16, 32))
     expected = [Path(image).name for image, _ in Cityscapes(root, "train").files]
     (root / "leftImg8bit/train/.DS_Store").touch()
-    (root / "leftImg8bit/train/toytown0/._toytown0_000000_000019_leftImg8bit.png").write_text("a Mac's shadow of the file")
+    (root / "leftImg8bit/train/toytown0/._toytown0_000000_000019_leftImg8bit.png").write_text(
+        "a Mac's shadow of the file"
+    )
     (root / "leftImg8bit/train/toytown0/readme.txt").touch()
     for other in ("color", "instanceIds", "labelTrainIds"):
-        Image.new("L", (3, 3)).save(root / f"gtFine/train/toytown0/toytown0_000000_000019_gtFine_{other}.png")
+        Image.new("L", (3, 3)).save(
+            root / f"gtFine/train/toytown0/toytown0_000000_000019_gtFine_{other}.png"
+        )
     moved = tmp_path / "elsewhere"
     (root / "leftImg8bit/train/toytown1").rename(moved)
     (root / "leftImg8bit/train/toytown1").symlink_to(moved)
@@ -95,7 +128,10 @@ def test_files_are_found_among_others_in_any_case_and_behind_links(tmp_path):
     for (image_path, label_path), (image, label) in zip(dataset.files, dataset, strict=True):
         assert image_path.name[:20].lower() == label_path.name[:20].lower()
         assert np.array_equal(image.permute(1, 2, 0), np.array(Image.open(image_path)))
-        assert np.array_equal(cityscapes.TRAIN_ID_TO_ID[label[label != VOID]], np.array(Image.open(label_path))[label != VOID])
+        assert np.array_equal(
+            cityscapes.TRAIN_ID_TO_ID[label[label != VOID]],
+            np.array(Image.open(label_path))[label != VOID],
+        )
 
 
 def test_images_of_one_name_in_two_cities_are_two_images(tmp_path):
@@ -118,7 +154,9 @@ def test_test_labels_are_void_also_when_id_0_is_a_class(tmp_path, monkeypatch):
 def test_coarse_labels_without_their_images_are_no_problem(tmp_path, capsys):
     root = draw_cityscapes(tmp_path, {"train": 1, "val": 1, "test": 1}, (16, 32))
     (root / "gtCoarse/train_extra/augsburg").mkdir(parents=True)
-    Image.new("L", (32, 16)).save(root / "gtCoarse/train_extra/augsburg/augsburg_000000_000000_gtCoarse_labelIds.png")
+    Image.new("L", (32, 16)).save(
+        root / "gtCoarse/train_extra/augsburg/augsburg_000000_000000_gtCoarse_labelIds.png"
+    )
     assert cityscapes.survey(root, check=True) == []
     assert "train_extra" not in capsys.readouterr().out
 
@@ -136,7 +174,9 @@ def test_test_labels_are_void_and_coarse_labels_are_read(tmp_path):
     assert all((label != VOID).any() for _, label in coarse)
 
 
-@pytest.mark.parametrize("damage", ["cut in half", "cut by a byte", "cut to nothing", "text", "a flipped byte"])
+@pytest.mark.parametrize(
+    "damage", ["cut in half", "cut by a byte", "cut to nothing", "text", "a flipped byte"]
+)
 @pytest.mark.parametrize("kind", ["leftImg8bit", "gtFine"])
 def test_a_file_that_does_not_decode_is_named(tmp_path, kind, damage):
     root = draw_cityscapes(tmp_path, {"train": 1}, (64, 64))
@@ -144,8 +184,15 @@ def test_a_file_that_does_not_decode_is_named(tmp_path, kind, damage):
     data = path.read_bytes()
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 0x10
-    path.write_bytes({"cut in half": data[: len(data) // 2], "cut by a byte": data[:-1], "cut to nothing": b"",
-                      "text": b"404: not found", "a flipped byte": bytes(flipped)}[damage])
+    path.write_bytes(
+        {
+            "cut in half": data[: len(data) // 2],
+            "cut by a byte": data[:-1],
+            "cut to nothing": b"",
+            "text": b"404: not found",
+            "a flipped byte": bytes(flipped),
+        }[damage]
+    )
     with pytest.raises(DataError, match=path.name):
         Cityscapes(root, "train")[0]
 
@@ -188,7 +235,9 @@ def test_mistakes_with_the_folder_end_with_a_sentence_that_says_what_to_type(tmp
     mistake(root, "no folder gtFine", "gtFine_trainvaltest.zip")
     with pytest.raises(DataError, match="gtCoarse.zip"):
         Cityscapes(toy, "train_extra")
-    assert_mistake(run_script("cityscapes.py", "--data", tmp_path / "nowhere"), "there is no folder", str(tmp_path))
+    assert_mistake(
+        run_script(f"cityscapes.py --data {tmp_path}/nowhere"), "there is no folder", str(tmp_path)
+    )
 
 
 # The stream: a pure function of (seed, k) ---------------------------------------------------------
@@ -241,12 +290,15 @@ def neutral_colors(monkeypatch):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_image_and_label_are_aligned_to_the_pixel_under_every_augmentation(tmp_path, axis):
-    """Light where the label is road, dark where it is sky, in stripes of random width: after any scale, crop, flip and color a
-    pixel must be nearer to the light grey exactly where its label is road. (No color is ever clipped.)"""
+    """Light where the label is road, dark where it is sky, in stripes of random width: after any
+    scale, crop, flip and color a pixel must be nearer to the light grey exactly where its label is
+    road. (No color is ever clipped.)"""
     rng = np.random.default_rng(0)
     stripes = np.repeat(rng.integers(0, 2, 200), rng.integers(1, 6, 200))[:150]
     mask = np.broadcast_to(stripes[:, None] if axis == 0 else stripes, (150, 150)).astype(bool)
-    root = write_pair(tmp_path, np.where(mask, 110, 70)[..., None].repeat(3, axis=2), np.where(mask, 7, 23))
+    root = write_pair(
+        tmp_path, np.where(mask, 110, 70)[..., None].repeat(3, axis=2), np.where(mask, 7, 23)
+    )
     stream = TrainingStream(Cityscapes(root, "train"), (96, 96))
     compared = 0
     for k in range(150):
@@ -260,7 +312,8 @@ def test_image_and_label_are_aligned_to_the_pixel_under_every_augmentation(tmp_p
 
 
 def coordinates_stream(tmp_path, monkeypatch, crop):
-    """A stream over one image of 200x240 whose red is x and whose green is y, of many small classes, without color changes."""
+    """A stream over one image of 200x240 whose red is x and whose green is y, of many small
+    classes, without color changes."""
     neutral_colors(monkeypatch)
     y, x = np.mgrid[:200, :240]
     ids = np.array([label.id for label in CLASSES])[(y // 10 + 3 * (x // 10)) % NUM_CLASSES]
@@ -288,7 +341,8 @@ def test_scale_position_and_flip_have_the_distributions_of_the_recipe(tmp_path, 
 
 
 def test_a_crop_is_the_bilinear_interpolation_of_its_window_without_shift(tmp_path, monkeypatch):
-    """Against the textbook formula: output i samples the window at (i + 1/2) window / crop - 1/2, labels the pixel beneath."""
+    """Against the textbook formula: output i samples the window at (i + 1/2) window / crop - 1/2,
+    labels the pixel beneath."""
     stream, ids = coordinates_stream(tmp_path, monkeypatch, (48, 64))
     for k in range(60):
         image, label = stream[k]
@@ -299,10 +353,16 @@ def test_a_crop_is_the_bilinear_interpolation_of_its_window_without_shift(tmp_pa
         window = [round(48 / scale), round(64 / scale)]
         y, x = ((np.arange(n) + 0.5) * w / n - 0.5 for n, w in zip((48, 64), window, strict=True))
         y, x = y.clip(0, window[0] - 1), x.clip(0, window[1] - 1)
-        left, top = round((image[0, 0].float().numpy() - x).mean()), round((image[1, :, 0].float().numpy() - y).mean())
+        left, top = (
+            round((image[0, 0].float().numpy() - x).mean()),
+            round((image[1, :, 0].float().numpy() - y).mean()),
+        )
         assert np.abs(image[0].numpy() - (left + x)).max() <= 1
         assert np.abs(image[1].numpy() - (top + y)[:, None]).max() <= 1
-        rows, columns = (np.floor((np.arange(n) + 0.5) * w / n).astype(int) for n, w in zip((48, 64), window, strict=True))
+        rows, columns = (
+            np.floor((np.arange(n) + 0.5) * w / n).astype(int)
+            for n, w in zip((48, 64), window, strict=True)
+        )
         assert np.array_equal(cityscapes.TRAIN_ID_TO_ID[label], ids[top + rows][:, left + columns])
 
 
@@ -313,7 +373,11 @@ def test_images_of_any_size_and_labels_only_take_values_that_were_there(tmp_path
     stream = TrainingStream(Cityscapes(root, "train"), (64, 96))
     for k in range(30):
         image, label = stream[k]
-        assert image.shape == (3, 64, 96) and label.shape == (64, 96) and image.dtype == label.dtype == torch.uint8
+        assert (
+            image.shape == (3, 64, 96)
+            and label.shape == (64, 96)
+            and image.dtype == label.dtype == torch.uint8
+        )
         assert set(label.unique().tolist()) <= {0, 10, 18, VOID}
 
 
@@ -324,15 +388,22 @@ def test_an_image_smaller_than_the_crop_is_padded_with_the_mean_color_and_void(t
         image, label = stream[k]
         rows, columns = (label != VOID).nonzero().max(dim=0).values + 1
         assert 15 <= rows <= 60 and 20 <= columns <= 80 and abs(columns / rows - 4 / 3) < 0.1
-        assert (label[:rows, :columns] != VOID).all() and (label[rows:] == VOID).all() and (label[:, columns:] == VOID).all()
+        assert (
+            (label[:rows, :columns] != VOID).all()
+            and (label[rows:] == VOID).all()
+            and (label[:, columns:] == VOID).all()
+        )
         padding = image[:, label == VOID]
         assert (padding == torch.tensor([[124], [116], [104]])).all()
 
 
 def test_no_class_has_three_quarters_of_the_labelled_pixels_unless_eleven_tries_failed(tmp_path):
-    """The number of crops over the limit is what eleven independent tries leave, counted by drawing windows here."""
+    """The number of crops over the limit is what eleven independent tries leave, counted by drawing
+    windows here."""
     rng = np.random.default_rng(0)
-    blocks = rng.choice([7, 23, 0], (4, 8), p=[0.75, 0.15, 0.1])  # road, sky and void, which does not count
+    blocks = rng.choice(
+        [7, 23, 0], (4, 8), p=[0.75, 0.15, 0.1]
+    )  # road, sky and void, which does not count
     ids = np.repeat(np.repeat(blocks, 32, axis=0), 32, axis=1)
 
     def over(ids):
@@ -342,28 +413,47 @@ def test_no_class_has_three_quarters_of_the_labelled_pixels_unless_eleven_tries_
     def chance(scale):  # that eleven windows in a row are over the limit
         h, w = round(32 / scale), round(48 / scale)
         tops, lefts = rng.integers(0, 128 - h + 1, 100), rng.integers(0, 256 - w + 1, 100)
-        return np.mean([over(ids[t: t + h, l: l + w]) for t, l in zip(tops, lefts, strict=True)]) ** 11
+        return (
+            np.mean([over(ids[t : t + h, l : l + w]) for t, l in zip(tops, lefts, strict=True)])
+            ** 11
+        )
 
     chances = np.array([chance(scale) for scale in np.linspace(0.5, 2, 300)])
-    stream = TrainingStream(Cityscapes(write_pair(tmp_path, np.zeros((128, 256, 3)), ids), "train"), (32, 48))
-    count = sum(over(np.array([7, 23, 0])[np.searchsorted([0, 10, 255], stream[k][1])]) for k in range(300))
+    stream = TrainingStream(
+        Cityscapes(write_pair(tmp_path, np.zeros((128, 256, 3)), ids), "train"), (32, 48)
+    )
+    count = sum(
+        over(np.array([7, 23, 0])[np.searchsorted([0, 10, 255], stream[k][1])]) for k in range(300)
+    )
     assert 5 < chances.sum() < 100, chances.sum()
-    assert abs(count - chances.sum()) < 4 * np.sqrt((chances * (1 - chances)).sum()) + 0.1 * chances.sum()
+    assert (
+        abs(count - chances.sum())
+        < 4 * np.sqrt((chances * (1 - chances)).sum()) + 0.1 * chances.sum()
+    )
     only_road = write_pair(tmp_path / "road", np.zeros((64, 64, 3)), np.full((64, 64), 7))
-    assert (TrainingStream(Cityscapes(only_road, "train"), (32, 32))[0][1] == 0).all()  # the 11th is taken as it is
+    assert (
+        TrainingStream(Cityscapes(only_road, "train"), (32, 32))[0][1] == 0
+    ).all()  # the 11th is taken as it is
 
 
 # The stream: colors -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), [
-    ("brightness", 20.0, lambda rgb, grey: rgb + 20),
-    ("contrast", 1.3, lambda rgb, grey: 1.3 * rgb),
-    ("saturation", 0.6, lambda rgb, grey: grey + 0.6 * (rgb - grey)),
-    ("saturation", 0.0, lambda rgb, grey: grey + 0 * rgb),
-    ("hue", 120.0, lambda rgb, grey: rgb[:, [2, 0, 1]]),  # red becomes green becomes blue becomes red
-    ("hue", 360.0, lambda rgb, grey: rgb),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("brightness", 20.0, lambda rgb, grey: rgb + 20),
+        ("contrast", 1.3, lambda rgb, grey: 1.3 * rgb),
+        ("saturation", 0.6, lambda rgb, grey: grey + 0.6 * (rgb - grey)),
+        ("saturation", 0.0, lambda rgb, grey: grey + 0 * rgb),
+        (
+            "hue",
+            120.0,
+            lambda rgb, grey: rgb[:, [2, 0, 1]],
+        ),  # red becomes green becomes blue becomes red
+        ("hue", 360.0, lambda rgb, grey: rgb),
+    ],
+)
 def test_each_distortion_by_itself(name, value, expected):
     rgb = np.random.default_rng(0).uniform(0, 255, (100, 3))
     matrix = color_matrix(**{name: value})
@@ -380,17 +470,23 @@ def test_a_small_turn_of_hue_goes_from_red_towards_yellow_and_keeps_the_grey():
 
 def test_all_four_together_are_brightness_then_contrast_then_saturation_and_hue():
     one = np.vstack([color_matrix(10, 1.2, 0.7, 25), [0, 0, 0, 1]])
-    parts = [np.vstack([color_matrix(**part), [0, 0, 0, 1]]) for part in
-             ({"hue": 25}, {"saturation": 0.7}, {"contrast": 1.2}, {"brightness": 10})]
+    parts = [
+        np.vstack([color_matrix(**part), [0, 0, 0, 1]])
+        for part in ({"hue": 25}, {"saturation": 0.7}, {"contrast": 1.2}, {"brightness": 10})
+    ]
     assert np.abs(one - parts[0] @ parts[1] @ parts[2] @ parts[3]).max() < 1e-10
 
 
 def test_colors_are_drawn_with_the_probabilities_and_ranges_of_the_recipe(stream, monkeypatch):
     drawn = []
-    monkeypatch.setattr(cityscapes, "color_matrix", lambda *values: drawn.append(values) or color_matrix(*values))
+    monkeypatch.setattr(
+        cityscapes, "color_matrix", lambda *values: drawn.append(values) or color_matrix(*values)
+    )
     for k in range(600):
         stream[k]
-    for values, (low, high, neutral) in zip(np.array(drawn).T, [(-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0)], strict=True):
+    for values, (low, high, neutral) in zip(
+        np.array(drawn).T, [(-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0)], strict=True
+    ):
         changed = values[values != neutral]
         assert abs(len(changed) / 600 - 0.5) < 3.3 * 0.5 / math.sqrt(600)
         assert ks_distance(changed, low, high) < 1.95
@@ -402,7 +498,9 @@ def test_a_sample_has_the_colors_of_its_matrix_rounded_and_clipped(tmp_path, mon
     image = np.repeat(np.repeat(colors.reshape(4, 4, 3), 32, axis=0), 32, axis=1)
     root = write_pair(tmp_path, image, np.tile([7, 23], (128, 64)))
     drawn = []
-    monkeypatch.setattr(cityscapes, "color_matrix", lambda *values: drawn.append(color_matrix(*values)) or drawn[-1])
+    monkeypatch.setattr(
+        cityscapes, "color_matrix", lambda *values: drawn.append(color_matrix(*values)) or drawn[-1]
+    )
     stream = TrainingStream(Cityscapes(root, "train"), (64, 64))
     for k in range(40):
         sample, label = stream[k]
@@ -439,10 +537,18 @@ def test_a_changed_file_is_decoded_again(tmp_path):
 
 def test_many_may_write_the_cache_at_once(toy, tmp_path):
     plain = Cityscapes(toy, "train")
-    program = ("import sys; sys.path.insert(0, sys.argv[1]); from cityscapes import Cityscapes;"
-               "d = Cityscapes(sys.argv[2], 'train', cache=sys.argv[3]); [d[i] for _ in range(3) for i in range(len(d))]")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from cityscapes import Cityscapes;"
+        "d = Cityscapes(sys.argv[2], 'train', cache=sys.argv[3]); "
+        "[d[i] for _ in range(3) for i in range(len(d))]"
+    )
     with ThreadPoolExecutor(4) as pool:
-        codes = pool.map(lambda _: subprocess.run([sys.executable, "-c", program, SCRIPTS, toy, tmp_path]).returncode, range(4))
+        codes = pool.map(
+            lambda _: (
+                subprocess.run([sys.executable, "-c", program, SCRIPTS, toy, tmp_path]).returncode
+            ),
+            range(4),
+        )
     assert list(codes) == [0] * 4
     assert len(list(tmp_path.iterdir())) == 8  # and no file half written
     cached = Cityscapes(toy, "train", cache=tmp_path)
@@ -454,7 +560,9 @@ def test_a_full_disk_an_unusable_folder_and_a_damaged_cache_are_errors(toy, tmp_
     with pytest.raises(DataError, match="cannot make the cache folder"):
         Cityscapes(toy, "train", cache=tmp_path / "file")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # files may not grow, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, limits[1])
+    )  # files may not grow, as on a full disk
     try:
         with pytest.raises(DataError, match="cannot write the cache .*free space"):
             Cityscapes(toy, "train", cache=tmp_path / "full")[0]
@@ -474,12 +582,20 @@ def test_a_full_disk_an_unusable_folder_and_a_damaged_cache_are_errors(toy, tmp_
 
 
 def test_script_surveys_draws_and_measures_clean_data(toy, tmp_path):
-    process = run_script("cityscapes.py", "--data", toy, "--check", "--crop", 48, 80, "--sheet", tmp_path / "sheet.png")
+    process = run_script(
+        f"cityscapes.py --data {toy} --check --crop 48 80 --sheet {tmp_path}/sheet.png"
+    )
     assert process.returncode == 0, process.stderr
-    assert "train: 8 images" in process.stdout and "val: 5 images" in process.stdout and "test: 2 images" in process.stdout
+    assert (
+        "train: 8 images" in process.stdout
+        and "val: 5 images" in process.stdout
+        and "test: 2 images" in process.stdout
+    )
     road = next(line.split() for line in process.stdout.splitlines() if line.startswith("road"))
     labels = torch.cat([label.flatten() for _, label in Cityscapes(toy, "train")])
-    assert float(road[1]) == pytest.approx(100 * ((labels == 0).sum() / (labels != VOID).sum()).item(), abs=0.006)
+    assert float(road[1]) == pytest.approx(
+        100 * ((labels == 0).sum() / (labels != VOID).sum()).item(), abs=0.006
+    )
     assert "times decoding" in process.stdout and "times as fast" in process.stdout
     assert Image.open(tmp_path / "sheet.png").width == 3 * 480
 
@@ -496,10 +612,21 @@ def test_check_lists_everything_that_is_wrong(tmp_path):
     Image.new("L", (64, 30)).save(labels[train][3])
     Image.new("L", (64, 32), 40).save(labels[train][4])
     labels[val][1].write_bytes(b"")
-    process = run_script("cityscapes.py", "--data", root, "--check")
+    process = run_script(f"cityscapes.py --data {root} --check")
     assert process.returncode == 1, process.stderr
-    problems = process.stdout[process.stdout.index("bicycle"):].splitlines()[1:]
+    problems = process.stdout[process.stdout.index("bicycle") :].splitlines()[1:]
     assert problems[-1] == "7 problems" and len(problems) == 8
-    for path, word in ((images[test], "decode"), (broken, "cut short"), (labels[train][1], "no image"), (images[train][2], "no label"),
-                       (labels[train][3], "sizes differ"), (labels[train][4], "(40)"), (labels[val][1], "decode")):
-        assert any(str(path) in problem and word in problem for problem in problems), (path, word, problems)
+    for path, word in (
+        (images[test], "decode"),
+        (broken, "cut short"),
+        (labels[train][1], "no image"),
+        (images[train][2], "no label"),
+        (labels[train][3], "sizes differ"),
+        (labels[train][4], "(40)"),
+        (labels[val][1], "decode"),
+    ):
+        assert any(str(path) in problem and word in problem for problem in problems), (
+            path,
+            word,
+            problems,
+        )

@@ -1,4 +1,6 @@
-"""Scores against mmsegmentation's numbers and the official rules, protocols against their definitions, and the script itself."""
+"""Scores against mmsegmentation's numbers and the official rules, protocols against their
+definitions, and the script itself."""
+
 import json
 import math
 from collections import Counter
@@ -34,13 +36,20 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("case", MMSEG["metric"])
 def test_scores_equal_mmsegmentations(case):
     recorded = MMSEG["metric"][case]
-    matrix = sum(confusion(label, prediction) for label, prediction in zip(recorded["labels"], recorded["preds"], strict=True))
+    matrix = sum(
+        confusion(label, prediction)
+        for label, prediction in zip(recorded["labels"], recorded["preds"], strict=True)
+    )
     assert torch.equal(matrix, recorded["exact"]["conf"])
     scores = scores_of(matrix)
     for name, ours in (("IoU", "iou"), ("Acc", "accuracy")):
-        values = torch.tensor([math.nan if v is None else v for v in scores[ours].values()], dtype=torch.float64)
+        values = torch.tensor(
+            [math.nan if v is None else v for v in scores[ours].values()], dtype=torch.float64
+        )
         assert torch.allclose(values, recorded["exact"][name], rtol=0, atol=1e-12, equal_nan=True)
-        assert torch.allclose(values.float(), recorded["mmseg"][name], rtol=0, atol=1e-6, equal_nan=True)
+        assert torch.allclose(
+            values.float(), recorded["mmseg"][name], rtol=0, atol=1e-6, equal_nan=True
+        )
     for name, ours in (("mIoU", "miou"), ("mAcc", "mean_accuracy"), ("aAcc", "pixel_accuracy")):
         assert abs(scores[ours] - recorded["exact"][name]) < 1e-12
         assert abs(scores[ours] - recorded["mmseg"][name]) < 1e-6
@@ -59,11 +68,12 @@ def test_confusion_equals_a_double_loop_and_leaves_void_out():
 
 
 def official_scores(pairs):
-    """cityscapesScripts' rules in Python integers, on pairs of label id maps (truth, prediction): name -> IoU or None.
+    """cityscapesScripts' rules in Python integers, on pairs of label id maps (truth, prediction):
+    name -> IoU or None.
 
-    IoU of a class: its hits, over those and its misses and its false alarms where the truth is of an evaluated class. Of a
-    category: the same with all its evaluated classes as one. (evalPixelLevelSemanticLabeling.py, getIouScoreFor...)
-    """
+    IoU of a class: its hits, over those and its misses and its false alarms where the truth is of
+    an evaluated class. Of a category: the same with all its evaluated classes as one.
+    (evalPixelLevelSemanticLabeling.py, getIouScoreFor...)"""
     counts = Counter()
     for truth, prediction in pairs:
         counts.update(zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True))
@@ -88,15 +98,21 @@ def png(path):
 
 def frames(root, split):
     """name of a frame -> its truth as label ids, from the files"""
-    return {path.name.replace("_gtFine_labelIds.png", ""): png(path) for path in root.glob(f"gtFine/{split}/*/*_labelIds.png")}
+    return {
+        path.name.replace("_gtFine_labelIds.png", ""): png(path)
+        for path in root.glob(f"gtFine/{split}/*/*_labelIds.png")
+    }
 
 
 @pytest.fixture(scope="module")
 def evaluated(toy, checkpoint, tmp_path_factory):
-    """What evaluate.py prints, and the folder where it wrote everything it can, for the validation split."""
+    """What evaluate.py prints, and the folder where it wrote everything it can, for the validation
+    split."""
     folder = tmp_path_factory.mktemp("evaluated")
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--save-ids", folder / "ids",
-                         "--save-color", folder / "color", "--json", folder / "scores.json")
+    process = run_script(
+        f"evaluate.py --ckpt {checkpoint} --data {toy} --save-ids {folder}/ids "
+        f"--save-color {folder}/color --json {folder}/scores.json"
+    )
     assert process.returncode == 0, process.stderr
     return process, folder
 
@@ -104,23 +120,37 @@ def evaluated(toy, checkpoint, tmp_path_factory):
 def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
     process, tmp_path = evaluated
     truths, result = frames(toy, "val"), json.loads((tmp_path / "scores.json").read_text())
-    assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == sorted(f"{name}.png" for name in truths)
-    official = official_scores((truth, png(tmp_path / "ids" / f"{name}.png")) for name, truth in truths.items())
-    for name, iou in [*result["iou"].items(), *((f"category {k}", v) for k, v in result["category_iou"].items())]:
+    assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == sorted(
+        f"{name}.png" for name in truths
+    )
+    official = official_scores(
+        (truth, png(tmp_path / "ids" / f"{name}.png")) for name, truth in truths.items()
+    )
+    for name, iou in [
+        *result["iou"].items(),
+        *((f"category {k}", v) for k, v in result["category_iou"].items()),
+    ]:
         assert official.pop(name) == (iou if iou is None else pytest.approx(iou, abs=1e-12)), name
     assert not official
     present = [v for v in result["iou"].values() if v is not None]
     assert result["miou"] == pytest.approx(sum(present) / len(present), abs=1e-12)
-    assert 0 < len(present) < NUM_CLASSES  # some classes are absent, which the table and the mean must show
+    assert (
+        0 < len(present) < NUM_CLASSES
+    )  # some classes are absent, which the table and the mean must show
     assert f"over {len(present)} of 19 classes" in process.stdout and "n/a" in process.stdout
     assert "whole images" in process.stdout and "77.85" in process.stdout
     assert result["protocol"] == {"scales": [1.0], "flip": False, "tile": None, "precision": "fp32"}
     assert result["images"] == 5 and sum(map(sum, result["confusion_matrix"])) == sum(
-        np.isin(truth, TRAIN_ID_TO_ID).sum() for truth in truths.values())
+        np.isin(truth, TRAIN_ID_TO_ID).sum() for truth in truths.values()
+    )
     assert sorted(path.name for path in (tmp_path / "color").iterdir()) == sorted(
-        f"{name}_{kind}.png" for name in truths for kind in ("color", "overlay"))
+        f"{name}_{kind}.png" for name in truths for kind in ("color", "overlay")
+    )
     for name in truths:
-        ids, color = png(tmp_path / "ids" / f"{name}.png"), png(tmp_path / f"color/{name}_color.png")
+        ids, color = (
+            png(tmp_path / "ids" / f"{name}.png"),
+            png(tmp_path / f"color/{name}_color.png"),
+        )
         assert ids.shape == truths[name].shape
         assert all((color[ids == label.id] == label.color).all() for label in CLASSES)
         image = png(next(toy.glob(f"leftImg8bit/val/*/{name}_*.png")))
@@ -130,20 +160,34 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_scores_of_one(toy, checkpoint, evaluated, tmp_path, processes):
-    """5 images, which neither 2 nor 3 divides; the confusion matrix is among what must be identical."""
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--json", tmp_path / "scores.json", processes=processes)
+    """5 images, which neither 2 nor 3 divides; the confusion matrix is among what must be
+    identical."""
+    process = run_script(
+        f"evaluate.py --ckpt {checkpoint} --data {toy} --json {tmp_path}/scores.json",
+        processes=processes,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(" of 19 classes") == 1
-    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((evaluated[1] / "scores.json").read_text())
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(
+        (evaluated[1] / "scores.json").read_text()
+    )
 
 
 def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path):
-    assert_mistake(run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--split", "test"), "withheld", "--save-ids")
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--split", "test", "--save-ids", tmp_path / "ids")
+    assert_mistake(
+        run_script(f"evaluate.py --ckpt {checkpoint} --data {toy} --split test"),
+        "withheld",
+        "--save-ids",
+    )
+    process = run_script(
+        f"evaluate.py --ckpt {checkpoint} --data {toy} --split test --save-ids {tmp_path}/ids"
+    )
     assert process.returncode == 0, process.stderr
     assert "mIoU" not in process.stdout
     assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == [
-        "toytown0_000000_000019.png", "toytown0_000001_000019.png"]
+        "toytown0_000000_000019.png",
+        "toytown0_000001_000019.png",
+    ]
     for path in (tmp_path / "ids").iterdir():
         with Image.open(path) as picture:
             assert (picture.mode, picture.size) == ("L", (128, 64))
@@ -154,7 +198,8 @@ def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, 
 
 
 class ReadsPosition(torch.nn.Module):
-    """A network that returns logits (19 classes) read off each pixel by itself, so that it may be cut and mirrored at will."""
+    """A network that returns logits (19 classes) read off each pixel by itself, so that it may be
+    cut and mirrored at will."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +217,9 @@ def position_image(height, width):
     return torch.stack([x % 256, y % 256, 0 * x]).byte()
 
 
-@pytest.mark.parametrize(("length", "tile"), [(10, 10), (11, 10), (1024, 713), (2048, 713), (100, 3), (7, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("length", "tile"), [(10, 10), (11, 10), (1024, 713), (2048, 713), (100, 3), (7, 2), (5, 1)]
+)
 def test_tiles_cover_every_pixel_and_overlap_by_a_third(length, tile):
     starts = tile_starts(length, tile)
     covered = set()
@@ -184,12 +231,18 @@ def test_tiles_cover_every_pixel_and_overlap_by_a_third(length, tile):
     assert all(b - a <= math.ceil(tile * 2 / 3) for a, b in zip(starts, starts[1:], strict=False))
 
 
-@pytest.mark.parametrize("options", [{"tile": (24, 40)}, {"flip": True}, {"tile": (24, 40), "flip": True}, {"tile": (500, 500)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tile": (24, 40)}, {"flip": True}, {"tile": (24, 40), "flip": True}, {"tile": (500, 500)}],
+)
 def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options):
     net, image = ReadsPosition(), position_image(65, 97)
     assert torch.equal(predict(net, image, **options), predict(net, image))
     if "tile" in options:
-        assert all(size == (min(65, options["tile"][0]), min(97, options["tile"][1])) for size in net.sizes[:-1])
+        assert all(
+            size == (min(65, options["tile"][0]), min(97, options["tile"][1]))
+            for size in net.sizes[:-1]
+        )
 
 
 def test_one_tile_equals_the_whole_image(checkpoint):
@@ -200,32 +253,47 @@ def test_one_tile_equals_the_whole_image(checkpoint):
 def test_the_prediction_of_a_mirrored_image_is_the_mirrored_prediction_with_flip(checkpoint):
     net, image = evaluate.load_net(checkpoint), position_image(48, 64)
     mirrored = predict(net, image.flip(2), flip=True)
-    assert (mirrored.flip(1) == predict(net, image, flip=True)).float().mean() > 0.999  # but for ties
+    assert (
+        mirrored.flip(1) == predict(net, image, flip=True)
+    ).float().mean() > 0.999  # but for ties
     assert not torch.equal(predict(net, image.flip(2)).flip(1), predict(net, image))
 
 
 def test_scales_and_flip_average_probabilities_as_mmsegmentation_does(checkpoint):
-    """mmsegmentation: logits at the scaled size, mirrored back, resized to the image, softmax, mean (SegTTAModel)."""
+    """mmsegmentation: logits at the scaled size, mirrored back, resized to the image, softmax, mean
+    (SegTTAModel)."""
     net, image = evaluate.load_net(checkpoint), position_image(48, 64)
     total = 0
     with torch.no_grad():
         for scale in (0.5, 1.25):
-            scaled = F.interpolate(image[None].float(), (int(48 * scale + 0.5), int(64 * scale + 0.5)), mode="bilinear")
+            scaled = F.interpolate(
+                image[None].float(), (int(48 * scale + 0.5), int(64 * scale + 0.5)), mode="bilinear"
+            )
             for mirrored in (False, True):
                 logits = net(scaled.flip(3) if mirrored else scaled)[0]
                 logits = logits.flip(3) if mirrored else logits
                 total = total + F.interpolate(logits, (48, 64), mode="bilinear").softmax(1)
-    assert torch.equal(predict(net, image, scales=(0.5, 1.25), flip=True), total[0].argmax(0).byte())
+    assert torch.equal(
+        predict(net, image, scales=(0.5, 1.25), flip=True), total[0].argmax(0).byte()
+    )
 
 
 def test_script_names_the_protocol_and_what_it_can_be_compared_with(toy, checkpoint, tmp_path):
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--data", toy, "--flip", "--tile", 48, 80, "--scales", 0.5, 1,
-                         "--json", tmp_path / "scores.json")
+    process = run_script(
+        f"evaluate.py --ckpt {checkpoint} --data {toy} --flip --tile 48 80 --scales 0.5 1 "
+        f"--json {tmp_path}/scores.json"
+    )
     assert process.returncode == 0, process.stderr
-    assert "tiles of 48x80, scales 0.5 1, with flip" in process.stdout and "no known figure" in process.stdout
+    assert (
+        "tiles of 48x80, scales 0.5 1, with flip" in process.stdout
+        and "no known figure" in process.stdout
+    )
     assert json.loads((tmp_path / "scores.json").read_text())["protocol"]["tile"] == [48, 80]
-    for arguments, figure in ((([1.0], False, None), "77.85"), (([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True, None), "79.18"),
-                              (([1.0], True, [713, 713]), "77.30")):
+    for arguments, figure in (
+        (([1.0], False, None), "77.85"),
+        (([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True, None), "79.18"),
+        (([1.0], True, [713, 713]), "77.30"),
+    ):
         assert figure in evaluate.describe(*arguments)
 
 
@@ -250,14 +318,27 @@ def test_photographs_of_any_size_and_mode_are_predicted_and_broken_ones_named(ch
     picture.save(folder / "upright.jpg", exif=rotated, quality=95)
     (folder / "broken.png").write_bytes((folder / "rgb.png").read_bytes()[:500])
     (folder / "notes.txt").write_text("not an image")
-    process = run_script("evaluate.py", "--ckpt", checkpoint, "--images", folder, tmp_path / "missing.jpg", folder / "one.webp",
-                         "--save-color", tmp_path / "out", "--save-ids", tmp_path / "ids")
+    process = run_script(
+        f"evaluate.py --ckpt {checkpoint} --images {folder} {tmp_path}/missing.jpg "
+        f"{folder}/one.webp --save-color {tmp_path}/out --save-ids {tmp_path}/ids"
+    )
     assert process.returncode == 1, process.stderr
     assert "3 of 11 images could not be read" in process.stdout
-    assert all(f"{path}: " in process.stdout for path in (folder / "broken.png", tmp_path / "missing.jpg", folder / "one.webp"))
+    assert all(
+        f"{path}: " in process.stdout
+        for path in (folder / "broken.png", tmp_path / "missing.jpg", folder / "one.webp")
+    )
     sizes = {path.stem: Image.open(path).size for path in (tmp_path / "ids").iterdir()}
-    assert sizes == {"rgb": (70, 40), "photo": (33, 90), "grey": (70, 40), "palette": (70, 40), "alpha": (70, 40), "bits": (70, 40),
-                     "deep": (70, 40), "upright": (40, 70)}
+    assert sizes == {
+        "rgb": (70, 40),
+        "photo": (33, 90),
+        "grey": (70, 40),
+        "palette": (70, 40),
+        "alpha": (70, 40),
+        "bits": (70, 40),
+        "deep": (70, 40),
+        "upright": (40, 70),
+    }
     assert len(list((tmp_path / "out").iterdir())) == 16
     assert np.array_equal(png(tmp_path / "ids/rgb.png"), png(tmp_path / "ids/alpha.png"))
     photographs = evaluate.Photographs([folder])
@@ -269,59 +350,88 @@ def test_photographs_of_any_size_and_mode_are_predicted_and_broken_ones_named(ch
 
 
 def test_mistakes_end_with_exit_code_2_and_one_sentence(toy, checkpoint, tmp_path, mistake):
-    def wrong(*arguments, words):
-        mistake("evaluate.py", *arguments, words=words)
+    def wrong(arguments, *words):
+        mistake(f"evaluate.py {arguments}", *words)
 
-    torch.save({"state_dict": PSPNet(num_classes=11, backbone="resnet18").state_dict()}, tmp_path / "classes.pt")
+    torch.save(
+        {"state_dict": PSPNet(num_classes=11, backbone="resnet18").state_dict()},
+        tmp_path / "classes.pt",
+    )
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    wrong("--data", toy, words=["--ckpt"])
-    wrong("--ckpt", tmp_path / "none.pt", "--data", toy, words=["no checkpoint file", "none.pt"])
-    wrong("--ckpt", tmp_path / "cut.pt", "--data", toy, words=["cut.pt", "cut short"])
-    wrong("--ckpt", tmp_path / "classes.pt", "--data", toy, words=["11 classes", "19"])
-    wrong("--ckpt", checkpoint, "--data", tmp_path / "nowhere", words=["no folder", "--data"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--scales", "big", words=["--scales", "big"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--scales", "-1", words=["positive"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--split", "test", words=["withheld", "--save-ids"])
-    wrong("--ckpt", checkpoint, "--images", toy, words=["--save-color"])
-    wrong("--ckpt", checkpoint, "--images", tmp_path / "empty", "--save-color", tmp_path / "x", words=["no image files"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--save-ids", tmp_path / "a", "--save-color", tmp_path / "a/b",
-          words=["separate folders"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--save-ids", tmp_path / "file/ids", words=["cannot make the folder"])
+    wrong(f"--data {toy}", "--ckpt")
+    wrong(f"--ckpt {tmp_path}/none.pt --data {toy}", "no checkpoint file", "none.pt")
+    wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "cut short")
+    wrong(f"--ckpt {tmp_path}/classes.pt --data {toy}", "11 classes", "19")
+    wrong(f"--ckpt {checkpoint} --data {tmp_path}/nowhere", "no folder", "--data")
+    wrong(f"--ckpt {checkpoint} --data {toy} --scales big", "--scales", "big")
+    wrong(f"--ckpt {checkpoint} --data {toy} --scales -1", "positive")
+    wrong(f"--ckpt {checkpoint} --data {toy} --split test", "withheld", "--save-ids")
+    wrong(f"--ckpt {checkpoint} --images {toy}", "--save-color")
+    wrong(
+        f"--ckpt {checkpoint} --images {tmp_path}/empty --save-color {tmp_path}/x", "no image files"
+    )
+    wrong(
+        f"--ckpt {checkpoint} --data {toy} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b",
+        "separate folders",
+    )
+    wrong(
+        f"--ckpt {checkpoint} --data {toy} --save-ids {tmp_path}/file/ids", "cannot make the folder"
+    )
     (tmp_path / "again").mkdir()
     photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
     (tmp_path / "again" / photograph.name).write_bytes(photograph.read_bytes())
-    wrong("--ckpt", checkpoint, "--images", photograph, tmp_path / "again", "--save-ids", tmp_path / "x", words=["two images"])
+    wrong(
+        f"--ckpt {checkpoint} --images {photograph} {tmp_path}/again --save-ids {tmp_path}/x",
+        "two images",
+    )
     before = photograph.read_bytes()
-    wrong("--ckpt", checkpoint, "--images", photograph, "--save-ids", photograph.parent, words=["among the images"])
+    wrong(
+        f"--ckpt {checkpoint} --images {photograph} --save-ids {photograph.parent}",
+        "among the images",
+    )
     assert photograph.read_bytes() == before
-    wrong("--ckpt", checkpoint, "--data", toy, "--json", tmp_path / "none/scores.json", words=["--json", "no folder"])
-    wrong("--ckpt", checkpoint, "--data", toy, "--workers", "-1", words=["--workers"])
+    wrong(
+        f"--ckpt {checkpoint} --data {toy} --json {tmp_path}/none/scores.json",
+        "--json",
+        "no folder",
+    )
+    wrong(f"--ckpt {checkpoint} --data {toy} --workers -1", "--workers")
     void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
     Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
-    wrong("--ckpt", checkpoint, "--data", void, "--workers", 0, words=["nothing to score"])
+    wrong(f"--ckpt {checkpoint} --data {void} --workers 0", "nothing to score")
 
 
 def test_a_mistake_in_several_processes_is_said_once(toy, tmp_path):
-    """... and not again when torchrun repeats the command, which it does after every failure if told to."""
-    process = run_script("evaluate.py", "--ckpt", tmp_path / "none.pt", "--data", toy, processes=2, restarts=1)
+    """... and not again when torchrun repeats the command, which it does after every failure if
+    told to."""
+    process = run_script(
+        f"evaluate.py --ckpt {tmp_path}/none.pt --data {toy}", processes=2, restarts=1
+    )
     assert process.returncode != 0  # torchrun's, which adds a report of its own
     assert [line for line in process.stderr.splitlines() if "evaluate.py: " in line] == [
-        f"evaluate.py: there is no checkpoint file {tmp_path / 'none.pt'}"]
+        f"evaluate.py: there is no checkpoint file {tmp_path}/none.pt"
+    ]
 
 
 def test_more_processes_than_gpus_is_a_mistake(monkeypatch, mistake):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+    )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(
+        torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 1, 2)])
+    )
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    mistake("evaluate.py", "--ckpt", "x", words=["more processes than the 1 GPUs", "--nproc_per_node=1"])
+    mistake("evaluate.py --ckpt x", "more processes than the 1 GPUs", "--nproc_per_node=1")
 
 
 def test_an_image_that_does_not_decode_stops_the_evaluation_with_its_name(checkpoint, tmp_path):
     root = draw_cityscapes(tmp_path, {"val": 3}, (32, 64))
     image = sorted(root.glob("leftImg8bit/val/*/*.png"))[1]
     image.write_bytes(image.read_bytes()[:200])
-    assert_mistake(run_script("evaluate.py", "--ckpt", checkpoint, "--data", root), image.name, "cut short")
+    assert_mistake(
+        run_script(f"evaluate.py --ckpt {checkpoint} --data {root}"), image.name, "cut short"
+    )

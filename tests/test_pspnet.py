@@ -1,4 +1,6 @@
-"""The network against mmsegmentation 1.2.2's numbers (mmseg.pt), torchvision's ResNets and the textbook's pyramid head."""
+"""The network against mmsegmentation 1.2.2's numbers (mmseg.pt), torchvision's ResNets and the
+textbook's pyramid head."""
+
 import re
 
 import numpy as np
@@ -7,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from fill import fill_state_dict, make_input, make_label
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pspnet
@@ -26,7 +27,9 @@ def filled_net(variant):
 
 def images_for(normalised):
     """Grey levels that the network's own normalisation turns into the given input."""
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (pspnet.MEAN, pspnet.STD))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (pspnet.MEAN, pspnet.STD)
+    )
     return (normalised.double() * std + mean).to(normalised.dtype)
 
 
@@ -40,14 +43,19 @@ def relative_error(actual, expected):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_shapes_and_parameter_counts_are_mmsegmentations(variant):
     net, recorded = PSPNet(backbone=VARIANTS[variant]), MMSEG["models"][variant]
-    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {k: tuple(s) for k, s in recorded["keys"]}
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
+        k: tuple(s) for k, s in recorded["keys"]
+    }
     assert sum(p.numel() for p in net.parameters()) == recorded["n_params"]
     auxiliary = sum(p.numel() for p in net.auxiliary_head.parameters())
     assert recorded["n_params"] - auxiliary == recorded["n_params_no_aux"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("recorded", "dtype", "tolerance"), [("eval", torch.float32, 1e-5), ("eval64", torch.float64, 1e-9)])
+@pytest.mark.parametrize(
+    ("recorded", "dtype", "tolerance"),
+    [("eval", torch.float32, 1e-5), ("eval64", torch.float64, 1e-9)],
+)
 def test_logits_equal_mmsegmentations(variant, recorded, dtype, tolerance):
     net = filled_net(variant).to(dtype).eval()
     for shape, expected in MMSEG["models"][variant][recorded].items():
@@ -93,13 +101,19 @@ def test_initialisation_has_mmsegmentations_statistics():
         else:  # both are samples of n: their spread differs by a factor of about 1 +- 1 / sqrt(n)
             n = value.numel()
             assert abs(value.std().item() / expected["std"] - 1) < 6 / n**0.5, name
-            assert abs(value.mean().item() - expected["mean"]) < 6 * expected["std"] * (2 / n) ** 0.5, name
+            assert (
+                abs(value.mean().item() - expected["mean"]) < 6 * expected["std"] * (2 / n) ** 0.5
+            ), name
 
 
 def test_preprocessing_equals_mmsegmentations():
     recorded = MMSEG["preprocess"]
-    image = recorded["bgr"].flip(2).permute(2, 0, 1)[None]  # blue first, channels last -> RGB, first
-    assert torch.allclose(PSPNet(backbone="resnet18").normalize(image), recorded["out"], rtol=1e-6, atol=1e-6)
+    image = (
+        recorded["bgr"].flip(2).permute(2, 0, 1)[None]
+    )  # blue first, channels last -> RGB, first
+    assert torch.allclose(
+        PSPNet(backbone="resnet18").normalize(image), recorded["out"], rtol=1e-6, atol=1e-6
+    )
 
 
 # The backbones ----------------------------------------------------------------------------------
@@ -108,7 +122,11 @@ def test_preprocessing_equals_mmsegmentations():
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_backbone_equals_torchvisions_with_dilation(name):
     torch.manual_seed(0)
-    theirs = torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True]).double().eval()
+    theirs = (
+        torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True])
+        .double()
+        .eval()
+    )
     ours = pspnet.ResNet(name).double().eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
@@ -161,7 +179,11 @@ class LargestOutput(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        self.shapes += [tuple(t.shape) for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t)]
+        self.shapes += [
+            tuple(t.shape)
+            for t in (output if isinstance(output, tuple) else (output,))
+            if torch.is_tensor(t)
+        ]
         return output
 
 
@@ -220,8 +242,15 @@ def test_compiles_without_graph_breaks():
 def test_exports_with_dynamic_height_and_width():
     torch.manual_seed(0)
     net = PSPNet(backbone="resnet18").eval()
-    sizes = {"images": {2: torch.export.Dim("height", min=16, max=4096), 3: torch.export.Dim("width", min=16, max=4096)}}
-    exported = torch.export.export(net, (torch.rand(1, 3, 64, 96) * 255,), dynamic_shapes=sizes).module()
+    sizes = {
+        "images": {
+            2: torch.export.Dim("height", min=16, max=4096),
+            3: torch.export.Dim("width", min=16, max=4096),
+        }
+    }
+    exported = torch.export.export(
+        net, (torch.rand(1, 3, 64, 96) * 255,), dynamic_shapes=sizes
+    ).module()
     for size in ((64, 96), (65, 129), (40, 333)):
         images = torch.rand(1, 3, *size) * 255
         with torch.no_grad():
@@ -253,7 +282,9 @@ def test_upsample_equals_interpolate(size):
     assert (pspnet.upsample(x, size) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("bins", "size"), [(1, 7), (2, 7), (3, 64), (6, 64), (6, 128), (6, 5), (3, 256)])
+@pytest.mark.parametrize(
+    ("bins", "size"), [(1, 7), (2, 7), (3, 64), (6, 64), (6, 128), (6, 5), (3, 256)]
+)
 def test_pooling_matrix_equals_adaptive_pooling(bins, size):
     x = torch.randn(2, 3, size, dtype=torch.float64)
     expected = F.adaptive_avg_pool1d(x, bins)
@@ -271,14 +302,27 @@ def test_matrices_are_as_exact_as_bfloat16_allows():
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="align_corners=False", without=()):
+def mmsegmentation_file(
+    path, backbone, num_classes=19, legacy=False, config="align_corners=False", without=()
+):
     """A file like those mmsegmentation published: `meta` and `state_dict`; each tensor is one zero
     seen many times, so that it is small."""
     with torch.device("meta"):
         state = PSPNet(num_classes, backbone).state_dict()
-    state = type(state)((k, torch.zeros((), dtype=v.dtype).expand(v.shape)) for k, v in state.items() if not k.endswith(without))
-    meta = {"mmseg_version": "0.5.0", "config": config, "CLASSES": ("road", "sidewalk"), "PALETTE": [[128, 64, 128]],
-            "epoch": 108, "iter": 40000, "env_info": "sys.platform: linux"}
+    state = type(state)(
+        (k, torch.zeros((), dtype=v.dtype).expand(v.shape))
+        for k, v in state.items()
+        if not k.endswith(without)
+    )
+    meta = {
+        "mmseg_version": "0.5.0",
+        "config": config,
+        "CLASSES": ("road", "sidewalk"),
+        "PALETTE": [[128, 64, 128]],
+        "epoch": 108,
+        "iter": 40000,
+        "env_info": "sys.platform: linux",
+    }
     torch.save({"meta": meta, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
     return path
 
@@ -286,7 +330,9 @@ def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="al
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_net_recognises_every_backbone_in_mmsegmentations_files(backbone, legacy, tmp_path):
-    net = load_net(mmsegmentation_file(tmp_path / "net.pth", backbone, num_classes=11, legacy=legacy))
+    net = load_net(
+        mmsegmentation_file(tmp_path / "net.pth", backbone, num_classes=11, legacy=legacy)
+    )
     assert (net.backbone_name, net.num_classes, net.training) == (backbone, 11, False)
     assert all(not value.is_meta and (value == 0).all() for value in net.state_dict().values())
 
@@ -303,17 +349,25 @@ def test_load_net_reads_files_without_batch_norms_counters(tmp_path):
     path = mmsegmentation_file(tmp_path / "net.pth", "resnet18", without=("num_batches_tracked",))
     net = load_net(path)
     assert net.backbone_name == "resnet18"
-    assert all(value == 0 for name, value in net.state_dict().items() if name.endswith("num_batches_tracked"))
+    assert all(
+        value == 0
+        for name, value in net.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    )
 
 
 def refused_files(folder):
     """file -> what the one sentence must say of it"""
     good = mmsegmentation_file(folder / "good.pth", "resnet18")
-    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, folder / "classifier.pth")
+    torch.save(
+        {"state_dict": torchvision.models.resnet18().state_dict()}, folder / "classifier.pth"
+    )
     torch.save([torch.zeros(3)], folder / "list.pth")
     torch.save({"net": {}}, folder / "other.pth")
     torch.save({"state_dict": {"weight": 3, 4: 5}}, folder / "number.pth")
-    torch.save({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, folder / "bias.pth")
+    torch.save(
+        {"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, folder / "bias.pth"
+    )
     torch.save({"state_dict": re.compile("code")}, folder / "objects.pth")
     torch.save({"state_dict": np.float64(1)}, folder / "numpy.pth")
     (folder / "empty.pth").touch()
@@ -324,15 +378,35 @@ def refused_files(folder):
     legacy = mmsegmentation_file(folder / "legacy.pth", "resnet18", legacy=True).read_bytes()
     for share in (0.1, 0.5, 0.9, 0.999):
         (folder / f"legacy{share}.pth").write_bytes(legacy[: int(share * len(legacy))])
-    mmsegmentation_file(folder / "missing.pth", "resnet18", without=("decode_head.conv_seg.weight",))
-    mmsegmentation_file(folder / "r50-d32.pth", "resnet50", config="backbone=dict(strides=(1, 2, 2, 2))")
-    mmsegmentation_file(folder / "769x769.pth", "resnet50_v1c", config="align_corners=False ... align_corners=True")
+    mmsegmentation_file(
+        folder / "missing.pth", "resnet18", without=("decode_head.conv_seg.weight",)
+    )
+    mmsegmentation_file(
+        folder / "r50-d32.pth", "resnet50", config="backbone=dict(strides=(1, 2, 2, 2))"
+    )
+    mmsegmentation_file(
+        folder / "769x769.pth", "resnet50_v1c", config="align_corners=False ... align_corners=True"
+    )
     return {
-        "nothing.pth": "there is no", ".": "there is no", "classifier.pth": "names and shapes", "list.pth": "no 'state_dict'",
-        "other.pth": "no 'state_dict'", "number.pth": "names and shapes", "bias.pth": "names and shapes", "objects.pth": "cannot be read",
-        "numpy.pth": "cannot be read", "empty.pth": "cannot be read", "text.pth": "cannot be read",
-        "missing.pth": "names and shapes", "r50-d32.pth": "strides=(1, 2, 2, 2)", "769x769.pth": "align_corners=True",
-    } | {f"{kind}{share}.pth": "cannot be read" for kind in ("cut", "legacy") for share in (0.1, 0.5, 0.9, 0.999)}
+        "nothing.pth": "there is no",
+        ".": "there is no",
+        "classifier.pth": "names and shapes",
+        "list.pth": "no 'state_dict'",
+        "other.pth": "no 'state_dict'",
+        "number.pth": "names and shapes",
+        "bias.pth": "names and shapes",
+        "objects.pth": "cannot be read",
+        "numpy.pth": "cannot be read",
+        "empty.pth": "cannot be read",
+        "text.pth": "cannot be read",
+        "missing.pth": "names and shapes",
+        "r50-d32.pth": "strides=(1, 2, 2, 2)",
+        "769x769.pth": "align_corners=True",
+    } | {
+        f"{kind}{share}.pth": "cannot be read"
+        for kind in ("cut", "legacy")
+        for share in (0.1, 0.5, 0.9, 0.999)
+    }
 
 
 def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
@@ -359,7 +433,13 @@ def test_load_backbone_reads_a_classifiers_weights_and_refuses_anothers(tmp_path
 
 def test_load_backbone_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    monkeypatch.setattr("torch.hub.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(CheckpointError, match="(?s)resnet50_v1c-2cccc1ad.pth.*no network.*--weights"):
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
+    )
+    monkeypatch.setattr(
+        "torch.hub.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(
+        CheckpointError, match="(?s)resnet50_v1c-2cccc1ad.pth.*no network.*--weights"
+    ):
         load_backbone(PSPNet(), "imagenet")
