@@ -85,7 +85,9 @@ LABELS = (
 )
 VOID, UNKNOWN = 255, 254  # train ids of pixels without a class, and of ids that are not in LABELS
 NUM_CLASSES = 1 + max(label.train_id for label in LABELS if label.train_id != VOID)
-CLASSES = [next(label for label in LABELS if label.train_id == i) for i in range(NUM_CLASSES)]
+CLASSES = [next((label for label in LABELS if label.train_id == i), None)
+           for i in range(NUM_CLASSES)]
+assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
 
 # Tables: label id -> train id, train id -> label id, train id -> color (void is black)
 ID_TO_TRAIN_ID = torch.full((256,), UNKNOWN, dtype=torch.uint8)
