@@ -7,7 +7,7 @@ an endless stream of training samples.
     image, label = stream[12345]             # uint8: (3, 512, 1024), (512, 1024), augmented
 
     python cityscapes.py --data DIR          # what is there, a sheet of samples, samples per second
-    python cityscapes.py --data DIR --check  # and everything that is wrong with it
+    python cityscapes.py --data DIR --check  # decodes all files, says which are wrong
 
 The files are used as they come out of the official zip archives; nothing is prepared beforehand.
 For a data set of your own, name the files as there and edit LABELS (with train ids 0, 1, 2, ...):
@@ -83,7 +83,7 @@ LABELS = (
     Label(33, "bicycle", 18, "vehicle", (119, 11, 32)),
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
-VOID, UNKNOWN = 255, 254  # train ids of pixels without a class, and of ids that are not in LABELS
+VOID, UNKNOWN = 255, 254  # train ids: of pixels without a class; of ids that are not in LABELS
 NUM_CLASSES = 1 + max(label.train_id for label in LABELS if label.train_id != VOID)
 CLASSES = [next((label for label in LABELS if label.train_id == i), None)
            for i in range(NUM_CLASSES)]
@@ -113,12 +113,12 @@ class DataError(Exception):
 
 
 def find_split(root, split):
-    """SPLIT/CITY/NAME -> [image path, label path], sorted; None where there is no such file.
+    """split/city/name -> [image path, label path], sorted; None where there is no such file.
 
     Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
     NAME_gtFine_labelIds.png (gtCoarse for the split "train_extra"). Cities may be missing, other
-    files may lie about, upper and lower case don't matter. Raises DataError where the folder root,
-    leftImg8bit or gtFine is missing; a split without a folder has no files.
+    files may lie about, upper and lower case don't matter (the key is in lower case). Raises
+    DataError where root, leftImg8bit or gtFine is missing; a split without a folder has no files.
     """
     root = Path(root)
     if not root.is_dir():
@@ -158,7 +158,7 @@ def subfolder(root, name):
 def decode(path, modes):
     """The pixels of an image file as a uint8 array: (H, W, 3) for modes ("RGB",), else (H, W).
 
-    Images of other modes are converted to RGB. Raises DataError, with the path, where the file
+    An image is converted to RGB from any mode. Raises DataError, with the path, where the file
     cannot be decoded to the end, or is a label of more than one byte a pixel.
     """
     try:
@@ -291,11 +291,10 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
 
     mmsegmentation does the four one after the other, the last two in HSV. Brightness and contrast
     are the same here, except for its rounding and clipping to 0..255 after each. Saturation and hue
-    are distortions of the same strength, but not the same: HSV keeps the largest of R, G and B
-    where this keeps their mean. On the photographs of CamVid the two differ, in grey levels, by 2.9
-    on average at saturation 1.5 and by 2.6 at 0.5, of the 3.0 and 2.7 by which these change a
-    photograph, and by 1.6 at hue 36, of 2.5. In the most saturated colors saturation differs by up
-    to 86, hue by up to 66.
+    are other distortions of the same strength: HSV keeps the largest of R, G and B where this keeps
+    their mean. On the photographs of CamVid saturation 1.5 moves a value by 3.0 grey levels on
+    average, to places that are 2.9 apart in the two; for 0.5 it is 2.7 and 2.6, for hue 36 it is
+    2.5 and 1.6. In the most saturated colors they are up to 86 (saturation) and 66 (hue) apart.
     """
     angle = math.radians(hue)
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
@@ -373,15 +372,16 @@ class TrainingStream(Dataset):
         # order threads and processors add it up: this step gives the same bytes everywhere.
         matrix = np.round(color_matrix(brightness, contrast, saturation, hue) * 4096) / 4096
         matrix = torch.from_numpy(matrix).float()
-        crop = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
-        label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
-        label[:new_height, :new_width] = new_label
+        padded_image = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None]
+        padded_image = padded_image.repeat(1, *self.crop_size)
+        padded_label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
+        padded_label[:new_height, :new_width] = new_label
         # Strips of 32 rows, because they stay in the processor's cache.
-        strips = zip(crop[:, :new_height, :new_width].split(32, dim=1), new_image.split(32, dim=1))
-        for strip, old in strips:
+        colored_image = padded_image[:, :new_height, :new_width]
+        for strip, old in zip(colored_image.split(32, dim=1), new_image.split(32, dim=1)):
             new = torch.addmm(matrix[:, 3:] + 0.5, matrix[:, :3], old.flatten(1).float())
-            strip.copy_(new.clamp_(0, 255).view(old.shape))  # rounds down
-        return crop, label
+            strip.copy_(new.clamp_(0, 255).view(old.shape))  # rounds down, hence + 0.5
+        return padded_image, padded_label
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,8 +430,8 @@ def save_sheet(path, rows, width=480):
 
 
 def examine(job):
-    """What is wrong with a pair of files (a sentence or None), and its pixels by train id, (256,).
-    These are no tensor, of which each that another process sends keeps a file open."""
+    """What is wrong with a pair of files (a sentence or None), and its pixels by train id: a numpy
+    array (256,), since each tensor that comes from another process keeps a file open."""
     image_path, label_path, with_image = job
     try:
         if with_image:
@@ -453,7 +453,7 @@ def survey(root, check):
             continue  # few have it
         found = find_split(root, split).values()
         jobs = [(image, None if split == "test" else label, check) for image, label in found
-                if image and (label or split == "test") and (check or split != "test")]
+                if image and (check if split == "test" else label)]
         if split != "test":
             problems += [f"{image or label} has no {'label' if image else 'image'} beside it"
                          for image, label in found if not (image and label)]
@@ -487,12 +487,12 @@ def measure(root, crop_size, samples=24):
                 moments.append(time.perf_counter())
             seconds.append(np.diff(moments))
     print(f"\none core, crop {crop_size[0]}x{crop_size[1]}, medians:")
-    decoding, sample, cached = 1000 * np.median(seconds, axis=0)
+    decoding, sample, from_cache = 1000 * np.median(seconds, axis=0)
     print(f"decoding the two files alone {decoding:6.1f} ms\n"
           f"a training sample            {sample:6.1f} ms, {1000 / sample:.0f} a second, "
           f"{sample / decoding:.2f} times decoding\n"
-          f"with a warm --cache          {cached:6.1f} ms, {1000 / cached:.0f} a second, "
-          f"{sample / cached:.1f} times as fast")
+          f"with a warm cache            {from_cache:6.1f} ms, {1000 / from_cache:.0f} a second, "
+          f"{sample / from_cache:.1f} times as fast")
 
 
 def main():
@@ -501,13 +501,15 @@ def main():
     parser.add_argument("--data", default="data/cityscapes", metavar="DIR",
                         help="folder with leftImg8bit and gtFine (data/cityscapes)")
     parser.add_argument("--check", action="store_true",
-                        help="decode every file, list what is wrong, exit code 1 if anything is")
+                        help="decode the images as well, not only the labels")
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
                         help="size of the training samples in pixels (512 1024)")
     parser.add_argument("--sheet", default="samples.png", metavar="FILE",
                         help="where to draw training samples (samples.png)")
     args = parser.parse_args()
 
+    if min(args.crop) < 1 or not Path(args.sheet).resolve().parent.is_dir():
+        raise DataError("--crop takes positive numbers, --sheet a file in a folder that exists")
     problems = survey(args.data, args.check)
     for problem in problems:
         print(problem)
