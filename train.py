@@ -70,7 +70,8 @@ def parse_args(device):
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
     add("--weights", default="imagenet", metavar="imagenet|none|FILE",
         help="what the backbone starts from (imagenet, which is downloaded)")
-    add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
+    add("--init", metavar="FILE",
+        help="start from a whole PSPNet, ours or mmsegmentation's, instead of --weights")
     add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
     add("--batch-size", type=int, default=8, help="images an iteration, in all processes (8)")
@@ -82,7 +83,7 @@ def parse_args(device):
     add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
     add("--save-every", type=int, default=1000, help="iterations between checkpoints (1000)")
     add("--precision", choices=("fp32", "bf16"), default="fp32" if device.type == "cpu" else "bf16",
-        help="bf16 is autocast (bf16 on a GPU, fp32 on a CPU)")
+        help="bf16 is autocast (bf16 on a GPU, otherwise fp32)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--cache", metavar="DIR", help="keep decoded images here (25 GB for Cityscapes)")
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
@@ -108,8 +109,8 @@ def check_args(args, device, world):
 def print_recipe(args, recipe, device, world, val_images):
     """Say what is about to be trained, and in what it departs from the reference."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    departures = [f"{key} {value} ({REFERENCE[key]})" for key, value in recipe.items()
-                  if value != REFERENCE.get(key, value)]
+    departures = [f"{key} {recipe[key]} ({value})" for key, value in REFERENCE.items()
+                  if recipe[key] != value]
     if world > 1 and device.type == "cpu":
         departures.append(f"batch norm over {args.batch_size // world} images, because "
                           f"SyncBatchNorm needs GPUs ({args.batch_size})")
@@ -165,22 +166,23 @@ def write_checkpoint(checkpoint, path):
     except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} after iteration {checkpoint['step']} "
-                        f"({str(error).splitlines()[0]}): {kept(path.with_name('last.pt'))}"
-                        ) from error
+                        f"({str(error).splitlines()[0]}): free space and go on with --resume; "
+                        f"{kept(path.with_name('last.pt'))}") from error
 
 
 def kept(last):
     """What a run that has to end leaves behind: a clause for its last message."""
     if not last.exists():
         return "there is no checkpoint yet"
-    return f"{last} holds iteration {read_checkpoint(last)['step']}, --resume goes on from there"
+    return f"{last} holds iteration {read_checkpoint(last)['step']}"
 
 
 def read_run(out, recipe):
     """The checkpoint out/last.pt. Raises UserError where it is damaged or of another recipe."""
     last, best = out / "last.pt", out / "best.pt"
     if not last.exists():
-        raise UserError(f"{out} holds no run to go on with: leave --resume out, or give its --out")
+        advice = f"copy {best} there" if best.exists() else "leave --resume out, or change --out"
+        raise UserError(f"there is no {last} to go on from: {advice}")
     try:
         checkpoint = read_checkpoint(last)
     except CheckpointError as error:
@@ -247,7 +249,7 @@ def main(device, rank, world):
     recipe = {name: settings[name] for name in (*REFERENCE, "seed")}
 
     # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the same run, the same weights
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that runs repeat
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
     torch.manual_seed(args.seed)
@@ -262,7 +264,7 @@ def main(device, rank, world):
     net.to(device, memory_format=memory_format(device))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     step, losses = 0, []  # iterations done; the loss of each since the last line of the log
-    validated, best_miou = 0, -1.0  # the iteration of the latest validation; of all validations
+    validated, best_miou = 0, -1.0  # iteration of the latest validation; best mIoU so far
     if resume:
         checkpoint = read_run(out, recipe)
         net.load_state_dict(checkpoint["state_dict"])
@@ -283,8 +285,8 @@ def main(device, rank, world):
                             ) from error
         print_recipe(args, recipe, device, world, len(val_set))
 
-    # Iteration i = 0, 1, ... has samples i * args.batch_size and following, process r every
-    # world-th of them.
+    # Iteration i = 0, 1, ... (messages and the log count from 1) has samples i * args.batch_size
+    # and following, process r every world-th of them.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -298,14 +300,14 @@ def main(device, rank, world):
     def save(*names):
         if not all(value.isfinite().all() for value in net.state_dict().values()):
             raise UserError(f"the weights after iteration {step} are not finite: start again with "
-                            f"a lower --lr; {kept(last)}")
+                            f"a lower --lr and another --out; {kept(last)}")
         if rank == 0:
             checkpoint = {
                 "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                 "validated": validated, "best_miou": best_miou, "losses": losses, "recipe": recipe}
             for name in names:
                 write_checkpoint(checkpoint, out / name)
-        agree(0)  # nobody ends before it is written
+        agree(0)  # a barrier: nobody ends before it is written
 
     stop_signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -327,17 +329,17 @@ def main(device, rank, world):
                 raise UserError(
                     f"the loss of iteration {i + 1} is {value}, at learning rate "
                     f"{poly_lr(i, args.iters, args.lr):.2g} and with samples {i * args.batch_size} "
-                    f"to {(i + 1) * args.batch_size - 1}: start again with a lower --lr; "
-                    f"{kept(last)}")
+                    f"to {(i + 1) * args.batch_size - 1}: start again with a lower --lr "
+                    f"and another --out; {kept(last)}")
             losses.append(value)
         recent.clear()
 
     def validate():
         nonlocal validated, best_miou
-        if world > 1:  # without SyncBatchNorm each process has batch statistics of its own
+        if world > 1:  # without SyncBatchNorm each process has running statistics of its own
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        # Process 0 has images 0, world, 2 world, ...: show six of them that are far apart.
+        # To show: six images that are far apart. Process 0 has the multiples of `world`.
         rows, every = [], world * max(1, len(val_set) // (6 * world))
 
         def on_image(i, image, label, prediction):
@@ -365,11 +367,11 @@ def main(device, rank, world):
 
     if step == 0:
         note("recipe", **recipe)
-    waiting, since, since_step = 0.0, time.perf_counter(), step  # seconds, for the progress bar
+    waiting, since, since_step = 0.0, time.perf_counter(), step  # for the speed
     with tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         while True:
-            if validation_is_due() and step > validated:
+            if validation_is_due() and step > validated:  # not in step 0, and not twice
                 before = time.perf_counter()
                 bar.clear()
                 validate()
@@ -395,8 +397,9 @@ def main(device, rank, world):
             recent.append(loss.detach())
             step += 1
 
-            stopping = agree(len(stop_signals)) > 0
+            stopping = agree(len(stop_signals))
             logging = step % LOG_EVERY == 0 or step == args.iters
+            # Before a validation too, so that a stop in it loses nothing.
             saving = step % args.save_every == 0 or validation_is_due() or stopping
             if logging or saving:
                 read_losses()

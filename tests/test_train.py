@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(toy, tmp_path, 
     process = small_run(toy, out, f"{ITERATIONS} --resume", preexec_fn=limit)
     assert process.returncode == 2
     assert "cannot write" in process.stderr and "Traceback" not in process.stderr
-    assert f"{out}/last.pt holds iteration 8, --resume goes on from there" in process.stderr
+    assert f"go on with --resume; {out}/last.pt holds iteration 8" in process.stderr
     assert (out / "last.pt").read_bytes() == content
     assert not list(out.glob("*.tmp"))
 
@@ -391,7 +391,7 @@ def test_mistakes_end_with_exit_code_2_and_one_sentence(
     wrong(f"--init {tmp_path}/none.pt", "no checkpoint file", "none.pt")
     wrong(f"--cache {tmp_path}/file", "cannot make the cache folder")
     wrong("", "cannot write to", "--out", out=tmp_path / "file/run")
-    wrong("--resume", "holds no run")
+    wrong("--resume", "there is no ", "last.pt to go on from", "leave --resume out")
     wrong(ITERATIONS, "already holds a run", "--resume", "--out", out=out)
     wrong(
         f"{ITERATIONS} --lr 0.02 --seed 1 --resume",
@@ -423,6 +423,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_named(toy, tmp_path, r
     command = f"train.py --data {toy} --out {tmp_path} {SMALL} {ITERATIONS} --resume"
     mistake(command, "last.pt cannot be read", "cut short", "start again")
     (tmp_path / "best.pt").write_bytes(best.read_bytes())
+    (tmp_path / "last.pt").rename(tmp_path / "cut.pt")
+    mistake(command, f"there is no {tmp_path}/last.pt to go on from: copy {tmp_path}/best.pt there")
+    mistake(command.removesuffix("--resume"), "already holds a run")
+    (tmp_path / "cut.pt").rename(tmp_path / "last.pt")
     step = read_checkpoint(best)["step"]
     mistake(command, f"best.pt holds iteration {step}: copy it to {tmp_path}/last.pt")
     torch.save({"state_dict": load_net(best).state_dict()}, tmp_path / "last.pt")
