@@ -182,6 +182,35 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_p
     assert json.loads((tmp_path / "scores.json").read_text())["miou"] == best
 
 
+def test_the_script_takes_the_steps_of_the_recipe(toy, reference):
+    """The twelve steps once more, written out: loss, weight of the auxiliary loss, SGD, rate."""
+    torch.manual_seed(0)
+    net = PSPNet(19, "resnet18").train()
+    weights = list(net.parameters())
+    momenta = [torch.zeros_like(w) for w in weights]
+    stream = train.TrainingStream(train.Cityscapes(toy, "train"), (40, 64), seed=0)
+    for step in range(12):
+        images, labels = zip(*(stream[4 * step + i] for i in range(4)), strict=True)
+        labels = torch.stack(labels).long()
+        torch.manual_seed(step * 2**12)  # the same dropout
+        logits, aux_logits = net(torch.stack(images))
+        loss = 0
+        for scores, weight in ((logits, 1), (aux_logits, 0.4)):
+            probability = scores.softmax(1).gather(1, labels.where(labels < 19, 0)[:, None])[:, 0]
+            loss -= weight * probability.log()[labels < 19].sum() / labels.numel()
+        gradients = torch.autograd.grad(loss, weights)
+        rate = 0.0001 + 0.0099 * (1 - step / 11) ** 0.9
+        with torch.no_grad():
+            for w, m, g in zip(weights, momenta, gradients, strict=True):
+                m.mul_(0.9).add_(g + 0.0005 * w)
+                w.sub_(rate * m)
+    last = read_checkpoint(reference[0] / "last.pt")
+    for name, w in net.named_parameters():
+        assert relative_error(last["state_dict"][name], w.detach()) < 1e-4, name
+    for state, m in zip(last["optimizer"]["state"].values(), momenta, strict=True):
+        assert (state["momentum_buffer"] - m).norm() < 1e-2 * m.norm()
+
+
 def test_training_learns(toy, tmp_path):
     process = small_run(toy, tmp_path, "--iters 30 --val-every 30")
     assert process.returncode == 0, process.stderr
