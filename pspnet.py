@@ -180,8 +180,7 @@ def interpolation_matrix(cells, size, like):
 
 def upsample(x, size):
     """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast."""
-    # The device "meta", of shapes without values, has no autocast.
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    device = "cpu" if x.is_meta else x.device.type  # "meta", shapes without values, has no autocast
     with torch.autocast(device, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = interpolation_matrix(x.shape[-2], size[0], like=x)

@@ -205,10 +205,11 @@ def test_the_script_takes_the_steps_of_the_recipe(toy, reference):
                 m.mul_(0.9).add_(g + 0.0005 * w)
                 w.sub_(rate * m)
     last = read_checkpoint(reference[0] / "last.pt")
-    for name, w in net.named_parameters():
-        assert relative_error(last["state_dict"][name], w.detach()) < 1e-4, name
-    for state, m in zip(last["optimizer"]["state"].values(), momenta, strict=True):
-        assert (state["momentum_buffer"] - m).norm() < 1e-2 * m.norm()
+    states = last["optimizer"]["state"].values()
+    for (name, w), state, m in zip(net.named_parameters(), states, momenta, strict=True):
+        exact = (1e-5, 1e-4) if w.dim() == 4 else (2e-2, 2e-2)  # biases are sums that cancel out
+        assert (last["state_dict"][name] - w).norm() <= exact[0] * w.norm(), name
+        assert (state["momentum_buffer"] - m).norm() <= exact[1] * m.norm(), name
 
 
 def test_training_learns(toy, tmp_path):
