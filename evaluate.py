@@ -182,7 +182,7 @@ def describe(scales, flip, tile):
 
 
 def memory_format(device):
-    """What is fastest for the network: channels last on a GPU, channels first on a CPU."""
+    """For the network: channels last on a GPU, as PyTorch advises, channels first on a CPU."""
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
@@ -379,8 +379,9 @@ def run(main, out_of_memory):
         if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
                 or "t allocate memory" in str(error)):  # can't, cannot: a RuntimeError, on a CPU
             code, message = 2, f"{script}: out of memory: {out_of_memory}"
-        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            code, message = 2, f"{script}: there is no space left to write: {error}"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+                                               errno.EACCES, errno.EROFS, errno.EISDIR):
+            code, message = 2, f"{script}: a file cannot be read or written: {error}"
     if store is None or store.add("failures", 1) == 1:
         print("\n" * (world > 1) + message, file=sys.stderr)  # not behind another's progress bar
     if store is not None and code == 2:

@@ -146,7 +146,7 @@ class ResNet(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Pooling and upsampling as matrix products: faster than PyTorch's functions for them on a CPU, and
-# on CUDA their gradients are the same in every run, which those of PyTorch's functions are not
+# the gradients of those are documented as nondeterministic on CUDA (use_deterministic_algorithms)
 
 
 def pooling_matrix(bins, size, like):
@@ -517,6 +517,8 @@ def main():
                         help="size of the images in pixels (512 1024)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each head (3)")
     args = parser.parse_args()
+    if min(args.size) < 16 or args.rounds < 1:
+        parser.error("--size takes 16 pixels or more, --rounds 1 or more")
 
     with torch.device("meta"):
         net, textbook = PSPNet(backbone=args.backbone), PSPNet(backbone=args.backbone)

@@ -345,89 +345,45 @@ def bench_loader(args):
 
 
 def bench_bytes(args):
-    def digest(out, *extra):
-        command = [
-            sys.executable,
-            SCRIPTS / "train.py",
-            "--data",
-            args.data,
-            "--out",
-            out,
-            "--backbone",
-            args.backbone,
-            "--weights",
-            "none",
-            "--crop",
-            *args.crop,
-            "--batch-size",
-            args.batch_size,
-            "--iters",
-            args.iters,
-            "--val-every",
-            args.iters,
-            "--save-every",
-            max(1, args.iters // 4),
-            *extra,
-        ]
-        start = time.perf_counter()
-        subprocess.run(
-            list(map(str, command)),
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+    def start(out, *extra):
+        height, width = args.crop
+        options = (
+            f"--data {args.data} --backbone {args.backbone} --weights none --crop {height} {width} "
+            f"--batch-size {args.batch_size} --iters {args.iters} --val-every {args.iters} "
+            f"--save-every {max(1, args.iters // 4)}"
         )
+        command = [sys.executable, SCRIPTS / "train.py", "--out", out, *options.split(), *extra]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def digest(out, *extra):
+        assert start(out, *extra).wait() == 0
         state = torch.load(Path(out) / "last.pt", weights_only=True)
-        tensors = [
-            *state["state_dict"].values(),
-            *(s["momentum_buffer"] for s in state["optimizer"]["state"].values()),
-        ]
-        return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()[
-            :16
-        ], time.perf_counter() - start
+        momenta = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
+        tensors = [*state["state_dict"].values(), *momenta]
+        content = b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
+        return hashlib.sha256(content).hexdigest()[:16]
 
     with tempfile.TemporaryDirectory() as folder:
-        (first, seconds), (second, _) = digest(f"{folder}/a"), digest(f"{folder}/b")
+        since = time.perf_counter()
+        first = digest(f"{folder}/a")
+        seconds = time.perf_counter() - since
+        second = digest(f"{folder}/b")
         # The third is stopped at its first checkpoint and resumed.
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                SCRIPTS / "train.py",
-                "--data",
-                args.data,
-                "--out",
-                f"{folder}/c",
-                "--backbone",
-                args.backbone,
-                "--weights",
-                "none",
-                "--crop",
-                *map(str, args.crop),
-                "--batch-size",
-                str(args.batch_size),
-                "--iters",
-                str(args.iters),
-                "--val-every",
-                str(args.iters),
-                "--save-every",
-                str(max(1, args.iters // 4)),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start(f"{folder}/c")
         while not Path(folder, "c/last.pt").exists() and process.poll() is None:
             time.sleep(0.05)
         process.terminate()
         process.wait()
-        third, _ = digest(f"{folder}/c", "--resume")
-        emit(
-            measure="bytes",
-            iterations=args.iters,
-            seconds=round(seconds, 1),
-            first=first,
-            second=second,
-            resumed=third,
-            same=first == second == third,
-        )
+        third = digest(f"{folder}/c", "--resume")
+    emit(
+        measure="bytes",
+        iterations=args.iters,
+        seconds=round(seconds, 1),
+        first=first,
+        second=second,
+        resumed=third,
+        same=first == second == third,
+    )
 
 
 if __name__ == "__main__":

@@ -398,6 +398,7 @@ def test_mistakes_end_with_exit_code_2_and_one_sentence(toy, checkpoint, tmp_pat
         "no folder",
     )
     wrong(f"--ckpt {checkpoint} --data {toy} --workers -1", "--workers")
+    wrong(f"--ckpt {checkpoint} --data {toy} --workers 0 --json {tmp_path}", "cannot be", "written")
     void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
     Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
     wrong(f"--ckpt {checkpoint} --data {void} --workers 0", "nothing to score")
