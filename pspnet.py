@@ -251,9 +251,12 @@ class PyramidHead(nn.Module):
         in_channels, channels = x.shape[1], self.conv_seg.in_channels
         parts = [in_channels] + [channels] * len(BINS)
         weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
+        # The rows of all levels first, (B, C, 1 + 2 + 3 + 6, w): x is large, and so is read once.
+        strips = torch.cat([pooling_matrix(k, h, like=x) for k in BINS], dim=2) @ x
+        levels = zip(BINS, strips.split(BINS, dim=2), self.psp_modules, weights, strict=True)
         lefts, rights = [], []
-        for k, (_, conv_bn_relu), weight in zip(BINS, self.psp_modules, weights, strict=True):
-            means = pooling_matrix(k, h, like=x) @ x @ pooling_matrix(k, w, like=x).mT
+        for k, strip, (_, conv_bn_relu), weight in levels:
+            means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
             cells = conv_bn_relu(means)  # (B, channels, k, k)
             # o, i: channels out and in; u, v: taps of the kernel; s, t: rows and columns of cells
             mixtures = torch.einsum("oiuv,bist->bousvt", weight, cells)
