@@ -6,15 +6,18 @@ line that it prints is JSON.
     python tests/bench.py profile           # where the time of the fastest training step goes
     python tests/bench.py loader --data DIR # images/s that the cores make, from PNG and the cache
     python tests/bench.py bytes --data DIR  # are two runs, and a resumed one, the same bytes?
+    python tests/bench.py learn --data DIR  # scores of whole runs from scratch: seeds, precisions
 
-With mmsegmentation 1.2.2, mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train` and `eval` measure
-its model as well, and print how many times as fast each setting is. On a CPU only float32 is
-measured, and --crop 256 512 --batch-size 2 is enough.
+With mmsegmentation 1.2.2, mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train`, `eval` and
+`learn` measure its model as well, and the first two print how many times as fast each setting is.
+On a CPU they measure float32 alone, and --crop 256 512 --batch-size 2 is enough.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +42,7 @@ from train import segmentation_loss  # noqa: E402
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 EXACT = PyramidHead.forward
+KINDS = ("train", "eval", "profile", "loader", "bytes", "learn")
 RATES = {}  # (what is measured, setting) -> images/s in each round
 
 
@@ -91,7 +96,6 @@ def our_step(args, precision, channels_last, compiled, textbook=False, determini
     torch.utils.deterministic.fill_uninitialized_memory = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cuda.matmul.allow_tf32 = True
     PyramidHead.forward = PyramidHead.textbook_forward if textbook else EXACT
     net = PSPNet(backbone=args.backbone).to(
         DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format
@@ -113,9 +117,9 @@ def our_step(args, precision, channels_last, compiled, textbook=False, determini
     return step
 
 
-def mmsegmentation():
-    """Its recipe's config, with a stand-in for mmcv's compiled extension, which PSPNet never
-    calls."""
+def mmsegmentation(backbone):
+    """Its config for one of our backbones, with a stand-in for mmcv's compiled extension, which
+    PSPNet never calls."""
     if importlib.util.find_spec("mmseg") is None:
         return None
     if "mmcv._ext" not in sys.modules:
@@ -133,7 +137,9 @@ def mmsegmentation():
 
     register_all_modules(init_default_scope=True)
     folder = Path(mmseg.__file__).parent / ".mim/configs/pspnet"
-    config = Config.fromfile(folder / "pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")
+    depth, _, v1c = backbone.removeprefix("resnet").partition("_")
+    pattern = f"pspnet_r{depth}{'' if v1c else 'b'}-d8_4xb2-*k_cityscapes-512x1024.py"
+    config = Config.fromfile(min(folder.glob(pattern)))  # 40k before 80k, which differ in that
 
     def plain(value):  # SyncBN needs a process group; one process has nothing to synchronise
         if isinstance(value, dict):
@@ -186,30 +192,33 @@ def attempt(measure, what, build, images):
         emit(measure=measure, setting=what, **result)
     except Exception as error:
         emit(measure=measure, setting=what, error=str(error).splitlines()[0])
+    gc.collect()
+    torch.compiler.reset()  # what was compiled for one head is not for the other
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def summarize(measure, reference):
-    """The median of the rounds of each setting, and how many times as fast as mmsegmentation in the
-    same round."""
+def summarize(measure, reference, gflops=None):
+    """The median of the rounds of each setting, how many times as fast as mmsegmentation that is
+    in the same round, and for `gflops` an image (our arithmetic) how much is done in a second."""
     for (kind, what), rates in RATES.items():
         if kind == measure:
+            rate = statistics.median(rates)
             times = [a / b for a, b in zip(rates, RATES.get((kind, reference), []))]
             emit(
                 measure=measure,
                 setting=what,
                 rounds=len(rates),
-                median_images_per_s=statistics.median(rates),
+                median_images_per_s=rate,
                 times_mmsegmentation=round(statistics.median(times), 2) if times else None,
+                tflops=round(rate * gflops / 1000, 1) if gflops and "head" not in what else None,
             )
 
 
 def bench_train(args):
+    shape = (args.batch_size, 3, *args.crop)
     with torch.device("meta"):
-        gflops = count_gflops(
-            PSPNet(backbone=args.backbone), (args.batch_size, 3, *args.crop), training=True
-        )
+        gflops = count_gflops(PSPNet(backbone=args.backbone), shape, training=True)
     emit(gflops_per_step=round(gflops, 1))
     settings = {
         "fp32, TF32": ("fp32", False, False),
@@ -220,44 +229,24 @@ def bench_train(args):
         settings = {"fp32": ("fp32", False, False)}
     elif args.compile:
         settings["bf16, channels last, compiled"] = ("bf16", True, True)
+    builders = {what: partial(our_step, args, *setting) for what, setting in settings.items()}
+    what, build = list(builders.items())[-1]  # the best, one hopes
+    builders[f"{what}, textbook's head"] = partial(build, textbook=True)
+    builders[f"{what}, not deterministic"] = partial(build, deterministic=False)
+    config = mmsegmentation(args.backbone)
+    if config:
+        builders["mmsegmentation as it ships"] = partial(their_step, args, config, amp=False)
+        if DEVICE.type != "cpu":
+            builders["mmsegmentation, its AMP"] = partial(their_step, args, config, amp=True)
     for _ in range(args.rounds):
-        for what, setting in settings.items():
-            attempt(
-                "train", what, lambda setting=setting: our_step(args, *setting), args.batch_size
-            )
-        attempt(
-            "train",
-            f"{what}, textbook's head",
-            lambda: our_step(args, *setting, textbook=True),
-            args.batch_size,
-        )
-        attempt(
-            "train",
-            f"{what}, not deterministic",
-            lambda: our_step(args, *setting, deterministic=False),
-            args.batch_size,
-        )
-        PyramidHead.forward = EXACT
-        config = mmsegmentation()
-        if config:
-            attempt(
-                "train",
-                "mmsegmentation as it ships",
-                lambda: their_step(args, config, False),
-                args.batch_size,
-            )
-            if DEVICE.type != "cpu":
-                attempt(
-                    "train",
-                    "mmsegmentation, its AMP",
-                    lambda: their_step(args, config, True),
-                    args.batch_size,
-                )
-    summarize("train", "mmsegmentation as it ships")
+        for what, build in builders.items():
+            attempt("train", what, build, args.batch_size)
+    summarize("train", "mmsegmentation as it ships", gflops / args.batch_size)
 
 
 def our_prediction(args, image, precision, channels_last):
     """evaluate.py's prediction of one whole image, which is on the device already."""
+    torch.backends.cudnn.benchmark = False
     net = PSPNet(backbone=args.backbone).eval()
     net.to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -273,6 +262,7 @@ def their_prediction(config, image):
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
 
+    torch.backends.cudnn.benchmark = True  # its default_runtime.py
     model = MODELS.build(config.model).to(DEVICE).eval()
     size = image.shape[1:]
     sample = SegDataSample(
@@ -294,14 +284,15 @@ def bench_eval(args):
     settings = {"fp32": ("fp32", False)}
     if DEVICE.type != "cpu":
         settings |= {"fp32, channels last": ("fp32", True), "bf16, channels last": ("bf16", True)}
-    config = mmsegmentation()
+    config = mmsegmentation(args.backbone)
+    builders = {
+        what: partial(our_prediction, args, image, *setting) for what, setting in settings.items()
+    }
+    if config:
+        builders["mmsegmentation's test_step"] = partial(their_prediction, config, image)
     for _ in range(args.rounds):
-        for what, setting in settings.items():
-            attempt("eval", what, lambda setting=setting: our_prediction(args, image, *setting), 1)
-        if config:
-            attempt(
-                "eval", "mmsegmentation's test_step", lambda: their_prediction(config, image), 1
-            )
+        for what, build in builders.items():
+            attempt("eval", what, build, 1)
     summarize("eval", "mmsegmentation's test_step")
 
 
@@ -386,11 +377,80 @@ def bench_bytes(args):
     )
 
 
+class TheirNet(torch.nn.Module):
+    """mmsegmentation's PSPNet, called as train.py and evaluate.py call ours."""
+
+    def __init__(self, num_classes, backbone):
+        super().__init__()
+        config = mmsegmentation(backbone)
+        from mmseg.registry import MODELS  # only now: that has put the stand-in in its place
+
+        self.num_classes, self.backbone_name = num_classes, backbone
+        self.model = MODELS.build(config.model)
+        self.model.init_weights()
+
+    def forward(self, images):
+        statistics, size = self.model.data_preprocessor, images.shape[2:]
+        features = self.model.extract_feat((images - statistics.mean) / statistics.std)
+        heads = [self.model.decode_head, self.model.auxiliary_head][: 1 + self.training]
+        outputs = [
+            torch.nn.functional.interpolate(head(features), size, mode="bilinear").float()
+            for head in heads
+        ]
+        return (outputs + [None])[:2]
+
+
+def train_theirs():
+    """train.py on the same command line, with mmsegmentation's network in the place of ours."""
+    import train
+
+    train.PSPNet = TheirNet
+    train.run(train.main, "lower --batch-size")
+
+
+def bench_learn(args):
+    """Whole runs of train.py, each network in each precision from each seed: scores and spread."""
+    programs = {"ours": [SCRIPTS / "train.py"]}
+    if importlib.util.find_spec("mmseg"):
+        programs["mmsegmentation"] = ["-c", "import bench; bench.train_theirs()"]
+    paths = [str(SCRIPTS / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    height, width = args.crop
+    for network, precision in itertools.product(programs, args.precisions):
+        runs = []
+        for seed in range(args.seeds):
+            out = Path(args.out, f"{network}_{precision}_{seed}")
+            options = (
+                f"--data {args.data} --out {out} --backbone {args.backbone} --weights none "
+                f"--crop {height} {width} --batch-size {args.batch_size} --iters {args.iters} "
+                f"--val-every {args.iters} --precision {precision} --seed {seed}"
+            )
+            resume = ["--resume"] if Path(out, "last.pt").exists() else []
+            command = [sys.executable, *programs[network], *options.split(), *resume]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+            *_, last = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
+            runs.append({score: last[score] for score in ("miou", "pixel_accuracy")})
+            emit(measure="learn", network=network, precision=precision, seed=seed, **runs[-1])
+        for score in ("miou", "pixel_accuracy"):
+            values = [run[score] for run in runs]
+            mean, least, most = (round(100 * f(values), 2) for f in (statistics.mean, min, max))
+            emit(
+                measure="learn",
+                network=network,
+                precision=precision,
+                seeds=args.seeds,
+                percent=score,
+                mean=mean,
+                least=least,
+                most=most,
+            )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("train", "eval", "profile", "loader", "bytes"), nargs="+")
+    parser.add_argument("what", choices=KINDS, nargs="+")
     parser.add_argument("--backbone", default="resnet50_v1c")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024])
@@ -399,6 +459,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="data/cityscapes")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--out", default="runs/learn")
     arguments = parser.parse_args()
     machine()
     for name in arguments.what:

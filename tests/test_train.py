@@ -16,6 +16,7 @@ import torch
 from conftest import MMSEG, run_script, words_of
 from fill import fill_state_dict, make_input, make_label
 from test_pspnet import images_for, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_cityscapes import draw_cityscapes
 
 import train
@@ -92,6 +93,45 @@ def test_loss_of_void_is_zero_with_zero_gradient_and_one_labelled_pixel_counts_a
     assert segmentation_loss(logits, label).item() == pytest.approx(
         -logits[0, :, 1, 2].log_softmax(0)[3].item() / 12, rel=1e-5
     )
+
+
+# Operations of the kinds that networks like this have, which the documentation of
+# torch.use_deterministic_algorithms lists as nondeterministic on CUDA, by their names inside torch.
+NONDETERMINISTIC = set(
+    """_adaptive_avg_pool2d_backward upsample_bilinear2d_backward nll_loss2d_forward_summed
+    reflection_pad2d_backward replication_pad2d_backward grid_sampler_2d_backward index_put
+    index_put_ _index_put_impl_ put_ index_add index_add_ scatter_add scatter_add_ scatter_reduce
+    cumsum histc bincount median""".split()
+)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of torch's operations, forward and backward, while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        summed = name == "nll_loss2d_forward" and args[3] != 0  # args[3], the reduction: 0 is none
+        self.names.add(f"{name}_summed" if summed else name)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_no_operation_of_a_training_step_is_nondeterministic_on_cuda():
+    net = PSPNet(backbone="resnet18")
+    images, label = torch.rand(2, 3, 40, 64), torch.randint(0, 19, (2, 40, 64))
+    with Operations() as step:
+        logits, aux_logits = net(images)
+        (segmentation_loss(logits, label) + segmentation_loss(aux_logits, label)).backward()
+    assert "convolution_backward" in step.names
+    assert not step.names & NONDETERMINISTIC
+    # The usual way has three of them.
+    net.decode_head.forward = net.decode_head.textbook_forward
+    with Operations() as step:
+        torch.nn.functional.cross_entropy(net(images)[0], label).backward()
+    assert len(step.names & NONDETERMINISTIC) == 3
 
 
 def test_twenty_steps_of_sgd_equal_mmsegmentations():
