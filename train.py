@@ -95,8 +95,8 @@ def check_args(args, device, world):
     """Raises UserError for options that are wrong whatever the data."""
     if min(*args.crop, args.batch_size, args.iters, args.val_every, args.save_every) < 1:
         raise UserError("--crop, --batch-size, --iters, --val-every, --save-every must be positive")
-    if not args.lr > 0 or min(args.seed, args.workers) < 0:
-        raise UserError("--lr must be positive, --seed and --workers must not be negative")
+    if not args.lr > 0 or args.workers < 0 or not 0 <= args.seed < 2**23:
+        raise UserError("--lr must be positive, --workers not negative, --seed 0 to 8388607")
     least = 1 if world > 1 and device.type != "cpu" else 2  # images in a process
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
@@ -385,8 +385,8 @@ def main(device, rank, world):
             image = image.to(device, non_blocking=True)
             label = label.to(device, non_blocking=True).long()
             rate = optimizer.param_groups[0]["lr"] = poly_lr(step, args.iters, args.lr)
-            # Dropout is a function of (seed, iteration, process) alone.
-            torch.manual_seed((args.seed * 2**40 + step * 2**12 + rank) % 2**63)
+            # Dropout is a function of (seed, iteration, process) alone: 23, 28 and 12 bits.
+            torch.manual_seed(args.seed * 2**40 + step * 2**12 + rank)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits, aux_logits = model(image)

@@ -630,3 +630,16 @@ def test_check_lists_everything_that_is_wrong(tmp_path):
             word,
             problems,
         )
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux does")
+def test_check_keeps_no_file_open_for_the_images_that_it_has_seen(toy, monkeypatch):
+    def open_files(*_):
+        counts.append(len(os.listdir("/proc/self/fd")))
+
+    counts = []
+    cityscapes.survey(toy, check=True)  # what multiprocessing opens once and for all
+    open_files()
+    monkeypatch.setattr(cityscapes, "print", open_files, raising=False)  # it prints each split
+    cityscapes.survey(toy, check=True)
+    assert len(counts) > 3 and max(counts) == counts[0]

@@ -453,6 +453,7 @@ def test_mistakes_end_with_exit_code_2_and_one_sentence(
     wrong("", "no folder", "--data", data=tmp_path / "nowhere")
     wrong("", f"--data {toy}", data=toy / "leftImg8bit")
     wrong("--iters 0", "positive")
+    wrong(f"--seed {2**64}", "--seed 0 to 8388607")
     wrong("--iters many", "--iters", "many")
     wrong("--backbone vgg", "--backbone", "vgg", "resnet50_v1c")
     wrong("--batch-size 1", "two images in each process", "--batch-size 2")
