@@ -193,6 +193,12 @@ def outlive_signals(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
+def default_workers(most):
+    """How many workers one of this machine's processes starts: its share of the cores, 1 to `most`
+    (torchrun says how many processes there are)."""
+    return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def predictions(net, dataset, device, precision="fp32", workers=4, **protocol):
     """Yields (i, image, label, prediction) for each image i of this process's share of `dataset`.
 
@@ -376,8 +382,10 @@ def run(main, out_of_memory):
         code, message = 130, f"{script}: interrupted"
     except Exception as error:
         code, message = 1, traceback.format_exc()
+        # Of RuntimeErrors only the text tells: on a CPU (can't or cannot), of CUDA, of cuBLAS.
+        texts = ("t allocate memory", "out of memory", "ALLOC_FAILED")
         if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or "t allocate memory" in str(error)):  # can't, cannot: a RuntimeError, on a CPU
+                or any(text in str(error) for text in texts)):
             code, message = 2, f"{script}: out of memory: {out_of_memory}"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
                                                errno.EACCES, errno.EROFS, errno.EISDIR):
@@ -412,8 +420,8 @@ def main(device, rank, world):
     parser.add_argument("--json", metavar="FILE", help="write the scores of train or val")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is autocast, for speed (fp32)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count()),
-                        help="processes that decode images, for each GPU (4, or one per core)")
+    parser.add_argument("--workers", type=int, default=default_workers(4),
+                        help="processes that decode images, for each GPU (4, or its share)")
     args = parser.parse_args()
 
     if not min(*args.scales, *(args.tile or [1])) > 0 or args.workers < 0:

@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from cityscapes import (NUM_CLASSES, VOID, Cityscapes, TrainingStream, colored, photograph,
                         save_sheet)
-from evaluate import (Parser, UserError, evaluate, format_scores, outlive_signals, memory_format,
-                      run, scores_of)
+from evaluate import (Parser, UserError, default_workers, evaluate, format_scores, memory_format,
+                      outlive_signals, run, scores_of)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
 
 REFERENCE = {  # mmsegmentation's recipe
     "backbone": "resnet50_v1c", "weights": "imagenet", "init": None, "crop": [512, 1024],
     "batch_size": 8, "iters": 40_000, "lr": 0.01, "precision": "fp32", "coarse": False,
     "images": 2975}
-LOG_EVERY = 10  # iterations; only then, and to save, does the program wait for the device
+LOG_EVERY = 10  # iterations; only then, and to save, does the program itself wait for the device
 
 
 def poly_lr(step, iters, base_lr=0.01):
@@ -78,13 +78,17 @@ def parse_args(device):
     add("--iters", type=int, default=40_000, help="iterations (40000)")
     add("--lr", type=float, default=0.01, help="learning rate of the first iteration (0.01)")
     add("--seed", type=int, default=0, help="of samples, dropout and new weights (0)")
-    add("--workers", type=int, default=min(8, os.cpu_count()),
-        help="processes that make samples for each GPU (8, or one per core)")
+    add("--workers", type=int, default=default_workers(8),
+        help="processes that make samples for each GPU (8, or its share of the cores)")
     add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
     add("--save-every", type=int, default=1000, help="iterations between checkpoints (1000)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32" if device.type == "cpu" else "bf16",
-        help="bf16 is autocast (bf16 on a GPU, otherwise fp32)")
-    add("--compile", action="store_true", help="torch.compile the network")
+    # GPUs before NVIDIA's Ampere can only imitate bf16.
+    fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    add("--precision", choices=("fp32", "bf16"),
+        default="bf16" if device.type != "cpu" and fast else "fp32",
+        help="bf16 is autocast (bf16 on a GPU that has it, otherwise fp32)")
+    add("--compile", action="store_true",
+        help="torch.compile the network (with several GPUs SyncBatchNorm cuts it into pieces)")
     add("--cache", metavar="DIR", help="keep decoded images here (25 GB for Cityscapes)")
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
     add("--resume", action="store_true", help="go on from last.pt in --out")
@@ -423,4 +427,4 @@ def main(device, rank, world):
 
 
 if __name__ == "__main__":
-    run(main, "lower --batch-size or --crop, or give --precision bf16, or use more GPUs")
+    run(main, "lower --batch-size or --crop, or use more GPUs")

@@ -3,6 +3,7 @@ definitions, and the script itself."""
 
 import json
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -436,3 +437,49 @@ def test_an_image_that_does_not_decode_stops_the_evaluation_with_its_name(checkp
     assert_mistake(
         run_script(f"evaluate.py --ckpt {checkpoint} --data {root}"), image.name, "cut short"
     )
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """ended(error, out_of_memory) -> exit code and stderr of a script whose main raises error."""
+
+    def end(error, out_of_memory):
+        def main(device, rank, world):
+            raise error
+
+        monkeypatch.setattr("os._exit", sys.exit)
+        with pytest.raises(SystemExit) as exit_info:
+            evaluate.run(main, out_of_memory)
+        return exit_info.value.code, capsys.readouterr().err
+
+    return end
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_too_little_memory_ends_with_a_sentence_that_says_what_to_change(error, ended):
+    code, errors = ended(error, "use less")
+    assert code == 2 and errors.endswith(": out of memory: use less\n") and errors.count("\n") == 1
+
+
+def test_a_fault_of_the_program_ends_with_its_traceback(ended):
+    code, errors = ended(RuntimeError("shape mismatch"), "use less")
+    assert code == 1 and errors.startswith("Traceback") and "RuntimeError: shape mismatch" in errors
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(16, None, 4), (16, 8, 2), (2, 1, 2), (2, 4, 1)]
+)
+def test_processes_share_the_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert evaluate.default_workers(4) == workers

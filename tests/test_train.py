@@ -176,7 +176,9 @@ def test_defaults_are_the_reference_recipe(monkeypatch, capsys):
     train.print_recipe(args, recipe | {"lr": 0.02}, torch.device("cpu"), 2, 500)
     departures = capsys.readouterr().out.splitlines()[-1]
     assert "lr 0.02 (0.01)" in departures and "batch norm over 4 images" in departures
-    assert train.parse_args(torch.device("cuda")).precision == "bf16"
+    for has_bf16, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert train.parse_args(torch.device("cuda")).precision == precision
 
 
 # The script ---------------------------------------------------------------------------------------
