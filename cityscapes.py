@@ -438,7 +438,7 @@ def examine(job):
             _, ids = decode_pair(image_path, label_path)
         else:
             ids = decode(label_path, ("L", "P"))
-        return None, np.bincount(to_train_ids(ids, label_path).flatten(), minlength=256)
+        return None, np.bincount(to_train_ids(ids, label_path).numpy().ravel(), minlength=256)
     except DataError as error:
         return str(error), np.zeros(256, int)
 

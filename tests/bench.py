@@ -79,7 +79,7 @@ def timed(build, images, seconds=6.0):
     rate = images * calls / (time.perf_counter() - start)
     peak = None if ON_CPU else round(torch.accelerator.max_memory_allocated() / 2**30, 2)
     return {
-        "images_per_s": round(rate, 2),
+        "images_per_s": float(f"{rate:.4g}"),
         "ms_per_call": round(1000 * images / rate, 2),
         "peak_gib": peak,
     }
