@@ -224,14 +224,17 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_p
     assert json.loads((tmp_path / "scores.json").read_text())["miou"] == best
 
 
-def test_the_script_takes_the_steps_of_the_recipe(toy, reference):
-    """The twelve steps once more, written out: loss, weight of the auxiliary loss, SGD, rate."""
+def test_the_script_takes_the_steps_of_the_recipe(toy, tmp_path):
+    """Three steps once more, written out: loss, weight of the auxiliary loss, SGD, rate. (More of
+    them amplify the rounding of float32, which differs from processor to processor.)"""
+    process = small_run(toy, tmp_path, "--iters 3")
+    assert process.returncode == 0, process.stderr
     torch.manual_seed(0)
     net = PSPNet(19, "resnet18").train()
     weights = list(net.parameters())
     momenta = [torch.zeros_like(w) for w in weights]
     stream = train.TrainingStream(train.Cityscapes(toy, "train"), (40, 64), seed=0)
-    for step in range(12):
+    for step in range(3):
         images, labels = zip(*(stream[4 * step + i] for i in range(4)), strict=True)
         labels = torch.stack(labels).long()
         torch.manual_seed(step * 2**12)  # the same dropout
@@ -241,17 +244,16 @@ def test_the_script_takes_the_steps_of_the_recipe(toy, reference):
             probability = scores.softmax(1).gather(1, labels.where(labels < 19, 0)[:, None])[:, 0]
             loss -= weight * probability.log()[labels < 19].sum() / labels.numel()
         gradients = torch.autograd.grad(loss, weights)
-        rate = 0.0001 + 0.0099 * (1 - step / 11) ** 0.9
+        rate = 0.0001 + 0.0099 * (1 - step / 2) ** 0.9
         with torch.no_grad():
             for w, m, g in zip(weights, momenta, gradients, strict=True):
                 m.mul_(0.9).add_(g + 0.0005 * w)
                 w.sub_(rate * m)
-    last = read_checkpoint(reference[0] / "last.pt")
+    last = read_checkpoint(tmp_path / "last.pt")
     states = last["optimizer"]["state"].values()
     for (name, w), state, m in zip(net.named_parameters(), states, momenta, strict=True):
-        exact = (1e-5, 1e-4) if w.dim() == 4 else (2e-2, 2e-2)  # biases are sums that cancel out
-        assert (last["state_dict"][name] - w).norm() <= exact[0] * w.norm(), name
-        assert (state["momentum_buffer"] - m).norm() <= exact[1] * m.norm(), name
+        assert (last["state_dict"][name] - w).norm() <= 2e-5 * w.norm(), name
+        assert (state["momentum_buffer"] - m).norm() <= 2e-5 * m.norm(), name
 
 
 def test_training_learns(toy, tmp_path):
