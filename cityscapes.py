@@ -6,22 +6,21 @@ an endless stream of training samples.
     stream = TrainingStream(Cityscapes("data/cityscapes", "train"), crop_size=(512, 1024), seed=0)
     image, label = stream[12345]             # uint8: (3, 512, 1024), (512, 1024), augmented
 
-    python cityscapes.py --data DIR          # what is there, a sheet of samples, samples per second
-    python cityscapes.py --data DIR --check  # decodes all files, says which are wrong
+    python cityscapes.py --data DIR          # images per split, and a sheet of training samples
+    python cityscapes.py --data DIR --check  # also decodes all: share of each class, what is wrong
 
 The files are used as they come out of the official zip archives; nothing is prepared beforehand.
-For a data set of your own, name the files as there and edit LABELS (with train ids 0, 1, 2, ...):
-everything else derives from it.
+Other classes in files of the same names: edit LABELS, from which everything else derives. A data
+set of another kind is a class of its own that has len(dataset), dataset[i] as above, and
+dataset.classes, a list of entries with name, category and color. (Saving predictions also asks for
+dataset.name(i), a relative path without an ending.)
 """
 import argparse
 import hashlib
 import math
 import os
 import sys
-import tempfile
-import time
 import uuid
-from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +28,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import Dataset
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# The classes
+# The classes ------------------------------------------------------------------------------------
 
 
 class Label(NamedTuple):
@@ -84,125 +82,102 @@ LABELS = (
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
 VOID, UNKNOWN = 255, 254  # train ids: of pixels without a class; of ids that are not in LABELS
-NUM_CLASSES = 1 + max(label.train_id for label in LABELS if label.train_id != VOID)
-CLASSES = [next((label for label in LABELS if label.train_id == i), None)
-           for i in range(NUM_CLASSES)]
-assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
-
-# Tables: label id -> train id, train id -> label id, train id -> color (void is black)
-ID_TO_TRAIN_ID = torch.full((256,), UNKNOWN, dtype=torch.uint8)
+CLASSES = sorted((label for label in LABELS if label.train_id not in (VOID, -1)),
+                 key=lambda label: label.train_id)
+assert [label.train_id for label in CLASSES] == list(range(len(CLASSES))), \
+    "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
+TRAIN_IDS = [UNKNOWN] * 256  # label id -> train id
 for _label in LABELS:
     if _label.id >= 0:
-        ID_TO_TRAIN_ID[_label.id] = _label.train_id
-TRAIN_ID_TO_ID = np.array([label.id for label in CLASSES], np.uint8)
-COLORS = np.zeros((256, 3), np.uint8)
-COLORS[:NUM_CLASSES] = [label.color for label in CLASSES]
+        TRAIN_IDS[_label.id] = _label.train_id
 
 
 class DataError(Exception):
     """Something about the files is not as it must be. The text is a sentence for the user."""
 
-    def __init__(self, message):
-        # A DataLoader makes the exception of a worker anew, from the text of the worker's whole
-        # traceback. Its last line has the sentence.
-        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+# The files --------------------------------------------------------------------------------------
+
+UPRIGHT = {  # the orientation that a camera notes (EXIF) -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
-# ------------------------------------------------------------------------------------------------
-# The files
-
-
-def find_split(root, split):
-    """split/city/name -> [image path, label path], sorted; None where there is no such file.
-
-    Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
-    NAME_gtFine_labelIds.png (gtCoarse for the split "train_extra"). Cities may be missing, other
-    files may lie about, upper and lower case don't matter (the key is in lower case). Raises
-    DataError where root, leftImg8bit or gtFine is missing; a split without a folder has no files.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}: give --data the folder that holds leftImg8bit "
-                        "and gtFine")
-    kind = "gtCoarse" if split == "train_extra" else "gtFine"
-    files = {}
-    for position, (folder, ending) in enumerate(
-            (("leftImg8bit", "_leftImg8bit.png"), (kind, f"_{kind}_labelIds.png"))):
-        top = subfolder(root, folder)
-        paths = [Path(parent, name) for name_of_split in os.listdir(top)
-                 if name_of_split.lower() == split
-                 for parent, _, names in os.walk(top / name_of_split, followlinks=True)
-                 for name in names]
-        for path in paths:
-            if path.name.lower().endswith(ending.lower()) and not path.name.startswith("."):
-                key = str(path.relative_to(top)).lower()[: -len(ending)]
-                files.setdefault(key, [None, None])[position] = path
-    return dict(sorted(files.items()))
-
-
-def subfolder(root, name):
-    """The folder `name` in root, in any case. Raises DataError, which says where it is instead."""
-    for path in root.iterdir():
-        if path.name.lower() == name.lower() and path.is_dir():
-            return path
-    near = [folder for folder in [*root.resolve().parents[:2], *sorted(root.iterdir())]
-            if os.path.isdir(folder / name)]
-    if near:
-        raise DataError(f"{root} has no folder {name}, but {near[0]} has: type --data {near[0]}")
-    archive = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip",
-               "gtCoarse": "gtCoarse.zip"}[name]
-    raise DataError(f"{root} has no folder {name}: unpack {archive} there, or give --data another "
-                    "folder")
-
-
-def decode(path, modes):
-    """The pixels of an image file as a uint8 array: (H, W, 3) for modes ("RGB",), else (H, W).
-
-    An image is converted to RGB from any mode. Raises DataError, with the path, where the file
-    cannot be decoded to the end, or is a label of more than one byte a pixel.
-    """
+def open_picture(path):
+    """A decoded image file, upright, and Pillow's description of the pixels in it, in which "L;4",
+    say, is grey of 4 bits. Raises DataError, with the path, where it cannot be decoded."""
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x89PNG") and b"IEND\xaeB`\x82" not in data:
-            raise ValueError("it is cut short")  # Pillow might not notice
-        picture = Image.open(BytesIO(data))
-        if modes == ("RGB",) and picture.mode != "RGB":
-            picture = picture.convert("RGB")
-        pixels = np.array(picture)
+        content = Path(path).read_bytes()
+        Image.open(BytesIO(content)).verify()  # the checksums of a PNG, which decoding leaves out
+        picture = Image.open(BytesIO(content))
+        kind = f"{picture.mode} {picture.tile}"
+        picture.load()
     except Exception as error:  # Pillow raises almost anything, and never says which file it was
-        raise DataError(f"cannot decode {path} ({error}): download or unpack it again") from error
-    if picture.mode not in modes:
-        raise DataError(f"{path} has mode {picture.mode}: labels are images of one byte a pixel")
-    return pixels
+        raise DataError(f"cannot decode {path} ({error})") from error
+    try:
+        orientation = picture.getexif().get(0x112)
+    except Exception:  # broken metadata do no harm to the pixels
+        orientation = None
+    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture, kind
 
 
-def decode_pair(image_path, label_path):
-    """Image (H, W, 3) and label ids (H, W) of two files, uint8; all ids are 0 without a label file.
-    Raises DataError where one cannot be decoded or their sizes differ."""
-    image = decode(image_path, ("RGB",))
+def read_image(path):
+    """RGB (3, H, W), uint8, of an image file of any mode of 8 bits, or grey of 16, whose high bytes
+    are taken. Raises DataError for a damaged file and for every other mode."""
+    picture, kind = open_picture(path)
+    if "I;16" in kind:
+        picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F", "LAB"):  # 32 bits, whose range is unknown; and a rare space
+        raise DataError(f"{path} has pixels of mode {picture.mode}: store it as RGB or grey, with "
+                        "8 bits a channel")
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def read_label(path):
+    """Train ids (H, W), uint8, of an image file of label ids, one channel of 8 bits. Raises
+    DataError for a damaged file, another mode, and ids that are not in LABELS."""
+    picture, kind = open_picture(path)
+    if picture.mode not in ("L", "P") or "L;" in kind:  # L;1, L;2, L;4: stretched to 0..255
+        raise DataError(f"{path} is not an image of one channel of 8 bits, as labels are ({kind})")
+    unknown = [value for value, count in enumerate(picture.histogram())
+               if count > 0 and TRAIN_IDS[value] == UNKNOWN]
+    if unknown:
+        raise DataError(f"{path} has label ids that are not in the table of labels "
+                        f"({', '.join(map(str, unknown))}): expected ids as in *_labelIds.png, "
+                        "not train ids or colors")
+    return torch.from_numpy(np.array(picture.point(TRAIN_IDS)))
+
+
+def read_pair(image_path, label_path):
+    """Image (3, H, W) and label (H, W) of two files; all is void where label_path is None. Raises
+    DataError where one of them cannot be read or their sizes differ."""
+    image = read_image(image_path)
     if label_path is None:
-        return image, np.zeros(image.shape[:2], np.uint8)
-    ids = decode(label_path, ("L", "P"))
-    if ids.shape != image.shape[:2]:
-        raise DataError(f"sizes differ: {image_path} has {image.shape[0]} x {image.shape[1]} "
-                        f"pixels, its label {label_path} {ids.shape[0]} x {ids.shape[1]}")
-    return image, ids
+        return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
+    label = read_label(label_path)
+    if label.shape != image.shape[1:]:
+        (h, w), (label_h, label_w) = image.shape[1:], label.shape
+        raise DataError(f"sizes differ: {image_path} has {h} x {w} pixels, its label {label_path} "
+                        f"{label_h} x {label_w}")
+    return image, label
 
 
-def to_train_ids(ids, path):
-    """Train ids (uint8 tensor) of the label ids (uint8 array of any shape) in the file `path`; all
-    void where that is None. Raises DataError where ids are not in LABELS."""
-    ids = torch.from_numpy(ids)
-    if path is None:
-        return torch.full_like(ids, VOID)
-    # What ID_TO_TRAIN_ID[ids] gives, three times as fast.
-    train_ids = ID_TO_TRAIN_ID.index_select(0, ids.flatten().int()).view(ids.shape)
-    unknown = train_ids == UNKNOWN
-    if unknown.any():
-        values = ", ".join(map(str, ids[unknown].unique().tolist()))
-        raise DataError(f"{path} has label ids that are not in the table of labels ({values}): "
-                        "expected ids as in *_labelIds.png, not train ids or colors")
-    return train_ids
+def save_whole(content, path, temporary):
+    """torch.save(content), whole or not at all: at every moment `path` is the old file or the new
+    one. `temporary` is a path in the same folder. Raises OSError, which names the file."""
+    serialized = BytesIO()  # because torch.save into a file makes a RuntimeError of a full disk
+    torch.save(content, serialized)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(serialized.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror})") from error
 
 
 class Cityscapes(Dataset):
@@ -210,74 +185,68 @@ class Cityscapes(Dataset):
     withheld: all void here), or "train_extra" (19998, coarse labels).
 
     dataset[i] -> (image, label): uint8 tensors (3, H, W), RGB, and (H, W), train ids, 255 void.
-    With `cache`, a folder, each pair of files is decoded once, into a file of 4 H W bytes there (in
-    all 25 GB for train; those of files that have changed since stay, unused).
-    Raises DataError for whatever is wrong with the files.
+    Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
+    NAME_gtFine_labelIds.png (or gtCoarse), exactly so; names that begin with a dot are left out.
+    With `cache`, a folder, each pair is decoded once, into a file of 4 H W bytes there (in all 25
+    GB for train), of which only what is used is read later. Raises DataError for whatever is wrong
+    with the files, and OSError for what may not be read or written.
     """
+
+    classes = CLASSES
 
     def __init__(self, root, split, cache=None):
-        found = {name: paths for name, paths in find_split(root, split).items() if paths[0]}
-        if not found:
-            raise DataError(f"there are no images *_leftImg8bit.png in {root}/leftImg8bit/{split}")
-        if split == "test":
-            found = {name: [image, None] for name, (image, _) in found.items()}
-        unlabelled = [name for name, (_, label) in found.items() if label is None]
-        if unlabelled and split != "test":
-            raise DataError(f"{len(unlabelled)} of the {len(found)} images of {split} have no "
-                            f"label file; the first is {found[unlabelled[0]][0]}")
-        self.files = list(found.values())
-        self.cache = Path(cache) if cache else None
+        self.root, self.split, self.cache = root, split, cache
+        folder, ending = Path(root, "leftImg8bit", split), "_leftImg8bit.png"
+        cities = os.listdir(folder) if folder.is_dir() else []
+        self.names = sorted(f"{city}/{file.removesuffix(ending)}"
+                            for city in cities if (folder / city).is_dir() and city[0] != "."
+                            for file in os.listdir(folder / city)
+                            if file.endswith(ending) and file[0] != ".")
+        if not self.names:
+            raise DataError(f"there are no images {folder}/*/*{ending}: --data must be the folder "
+                            "in which the official archives were unpacked, with leftImg8bit and "
+                            "gtFine (or gtCoarse) in it")
+        labels = [self.paths(i)[1] for i in range(len(self))]
+        missing = [path for path in labels if path and not path.exists()]
+        if missing:
+            raise DataError(f"{len(missing)} of the {len(self)} images of {split} have no label; "
+                            f"the first that is missing is {missing[0]}")
         if cache:
-            try:
-                self.cache.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(f"cannot make the cache folder {cache} ({error})") from error
+            Path(cache).mkdir(parents=True, exist_ok=True)
 
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
+
+    def name(self, i):
+        """CITY/NAME of image i."""
+        return self.names[i]
+
+    def paths(self, i):
+        """Path of image i, and of its label, or None for the test split."""
+        kind = "gtCoarse" if self.split == "train_extra" else "gtFine"
+        label = Path(self.root, kind, self.split, f"{self.names[i]}_{kind}_labelIds.png")
+        return (Path(self.root, "leftImg8bit", self.split, f"{self.names[i]}_leftImg8bit.png"),
+                label if self.split != "test" else None)
 
     def __getitem__(self, i):
-        image, ids = self.read(i)
-        return torch.from_numpy(image).permute(2, 0, 1), to_train_ids(ids, self.files[i][1])
-
-    def read(self, i):
-        """Image (H, W, 3) and label ids (H, W), uint8 arrays; from the cache they are mapped into
-        memory, and only what is used of them is read from the disk."""
+        paths = self.paths(i)
         if self.cache is None:
-            return decode_pair(*self.files[i])
+            return read_pair(*paths)
         # The name holds all that the content depends on: a changed PNG gets a file of its own.
         stats = [(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
-                 for path in self.files[i] if path]
-        key = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-        path = self.cache / f"{self.files[i][0].stem}-{key}.npy"
-        if not path.exists():
-            write_cache(path, *decode_pair(*self.files[i]))
+                 for path in paths if path]
+        key = hashlib.sha256(repr((stats, TRAIN_IDS)).encode()).hexdigest()[:32]
+        cached = Path(self.cache, f"{key}.pt")
+        if not cached.exists():
+            # Under a name of its own, as another process may write the same.
+            save_whole(read_pair(*paths), cached, f"{cached}.{uuid.uuid4().hex}")
         try:
-            rows = np.load(path, mmap_mode="c")  # (H, 4 W); writable in memory, which torch wants
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read the cache file {path} ({error}): remove it") from error
-        width = rows.shape[1] // 4
-        return rows[:, : 3 * width].reshape(-1, width, 3), rows[:, 3 * width:]
+            return torch.load(cached, mmap=True, weights_only=True)
+        except Exception as error:
+            raise DataError(f"cannot read {cached} of the cache ({error}): remove it") from error
 
 
-def write_cache(path, image, ids):
-    """Write (H, 4 W) bytes to `path`: in each row the pixels of the image, then those of the label.
-
-    A file under its final name is always whole, whoever else writes it at the same time.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, np.concatenate([image.reshape(len(image), -1), ids], axis=1))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write the cache file {path} ({error}): free space, or give "
-                        "--cache another folder, or none") from error
-
-
-# ------------------------------------------------------------------------------------------------
-# Training samples
+# Training samples -------------------------------------------------------------------------------
 
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes 0 (to 0.01)
 
@@ -337,9 +306,7 @@ class TrainingStream(Dataset):
         return order[position]
 
     def __getitem__(self, k):
-        i = self.index(k)
-        image, ids = self.dataset.read(i)  # (H, W, 3), (H, W)
-
+        image, label = self.dataset[self.index(k)]  # (3, H, W), (H, W)
         rng = np.random.default_rng([self.seed, 1, k])
         scale = rng.uniform(0.5, 2.0)
         mirrored = rng.random() < 0.5
@@ -348,44 +315,31 @@ class TrainingStream(Dataset):
             for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0)))
 
         # Only what is under the crop is resized: a window of the photograph of about crop / scale.
-        (height, width), (crop_height, crop_width) = ids.shape, self.crop_size
+        (height, width), (crop_height, crop_width) = label.shape, self.crop_size
         window_height, new_height = window_and_size(height, crop_height, scale)
         window_width, new_width = window_and_size(width, crop_width, scale)
+        new_size = (new_height, new_width)
         for _ in range(11):
             top = rng.integers(height - window_height + 1)
             left = rng.integers(width - window_width + 1)
-            rows = top + (np.arange(new_height) + 0.5) * window_height / new_height
-            columns = left + (np.arange(new_width) + 0.5) * window_width / new_width
-            new_ids = ids[rows.astype(int)][:, columns.astype(int)]  # the pixels under the centres
-            pixels_of_id = torch.bincount(torch.from_numpy(new_ids).flatten(), minlength=256)
-            pixels_of_class = torch.bincount(ID_TO_TRAIN_ID, weights=pixels_of_id)[:NUM_CLASSES]
-            if pixels_of_class.max() < 0.75 * pixels_of_class.sum():  # all void is no good either
+            window = np.s_[..., top: top + window_height, left: left + window_width]
+            new_label = F.interpolate(label[window][None, None], new_size, mode="nearest-exact")
+            pixels = torch.bincount(new_label.flatten(), minlength=256)[:VOID]  # of each class
+            if pixels.max() < 0.75 * pixels.sum():  # all void is no good either
                 break
-        window = image[top: top + window_height, left: left + window_width]
-        new_image = F.interpolate(torch.from_numpy(window).permute(2, 0, 1)[None],
-                                  (new_height, new_width), mode="bilinear")[0]
-        new_label = to_train_ids(new_ids, self.dataset.files[i][1])
-        if mirrored:
-            new_image, new_label = new_image.flip(2), new_label.flip(1)
+        old_image = image[window][None].contiguous(memory_format=torch.channels_last)  # faster so
+        new_image = F.interpolate(old_image, new_size, mode="bilinear")[0]
 
-        # In multiples of 1/4096 the products are exact in float32, and so is the sum, in whatever
-        # order threads and processors add it up: this step gives the same bytes everywhere.
-        matrix = np.round(color_matrix(brightness, contrast, saturation, hue) * 4096) / 4096
-        matrix = torch.from_numpy(matrix).float()
-        padded_image = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None]
-        padded_image = padded_image.repeat(1, *self.crop_size)
+        matrix = color_matrix(brightness, contrast, saturation, hue)
+        colored_image = photograph(new_image).convert("RGB", tuple(matrix.flatten()))
+        padded_image = Image.new("RGB", (crop_width, crop_height), PADDING)
+        padded_image.paste(ImageOps.mirror(colored_image) if mirrored else colored_image)
         padded_label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
-        padded_label[:new_height, :new_width] = new_label
-        # Strips of 32 rows, because they stay in the processor's cache.
-        colored_image = padded_image[:, :new_height, :new_width]
-        for strip, old in zip(colored_image.split(32, dim=1), new_image.split(32, dim=1)):
-            new = torch.addmm(matrix[:, 3:] + 0.5, matrix[:, :3], old.flatten(1).float())
-            strip.copy_(new.clamp_(0, 255).view(old.shape))  # rounds down, hence + 0.5
-        return padded_image, padded_label
+        padded_label[:new_height, :new_width] = new_label.flip(3) if mirrored else new_label
+        return torch.from_numpy(np.array(padded_image)).permute(2, 0, 1), padded_label
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures ---------------------------------------------------------------------------------------
 
 
 def photograph(image):
@@ -393,106 +347,63 @@ def photograph(image):
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def colored(label):
-    """Train ids (H, W), uint8 -> a picture in the official colors; void is black."""
-    return Image.fromarray(COLORS[label])
+def colored(label, classes):
+    """Train ids (H, W), uint8 tensor -> a picture in the colors of the classes; void is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes)] = [entry.color for entry in classes]
+    return Image.fromarray(palette[label.numpy()])
 
 
-def overlaid(image, label):
+def overlaid(image, label, classes):
     """RGB (3, H, W) and train ids (H, W), uint8 tensors -> a picture of the photograph with the
     colors of the labels over it, half and half; void leaves the photograph as it is."""
     mask = Image.fromarray(np.where(label == VOID, 0, 128).astype(np.uint8))
-    return Image.composite(colored(label), photograph(image), mask)
+    return Image.composite(colored(label, classes), photograph(image), mask)
 
 
-def save_sheet(path, rows, width=480):
-    """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes."""
-    rows = [[picture.resize((width, round(width * picture.height / picture.width)))
+def save_sheet(path, rows, classes, width=480):
+    """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes. Raises
+    DataError for a path whose ending is of no kind of pictures, and OSError."""
+    rows = [[picture.resize((width, max(1, round(width * picture.height / picture.width))))
              for picture in row] for row in rows]
     # The entries of the legend have 120 x 24 pixels.
     columns = max(len(row) for row in rows)
     line, per_line = 24, columns * width // 120
     heights = [max(picture.height for picture in row) for row in rows]
-    sheet = Image.new("RGB", (columns * width, sum(heights) + line * -(-NUM_CLASSES // per_line)))
+    sheet = Image.new("RGB", (columns * width, sum(heights) + line * -(-len(classes) // per_line)))
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             sheet.paste(picture, (j * width, sum(heights[:i])))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, label in enumerate(CLASSES):
+    for i, entry in enumerate(classes):
         x, y = 120 * (i % per_line), sum(heights) + line * (i // per_line)
-        draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=label.color)
-        draw.text((x + 25, y + 4), label.name, fill="white", font=font)
-    sheet.save(path)
-
-
-# ------------------------------------------------------------------------------------------------
-# python cityscapes.py
-
-
-def examine(job):
-    """What is wrong with a pair of files (a sentence or None), and its pixels by train id: a numpy
-    array (256,), since each tensor that comes from another process keeps a file open."""
-    image_path, label_path, with_image = job
+        draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
+        draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
     try:
-        if with_image:
-            _, ids = decode_pair(image_path, label_path)
-        else:
-            ids = decode(label_path, ("L", "P"))
-        return None, np.bincount(to_train_ids(ids, label_path).numpy().ravel(), minlength=256)
-    except DataError as error:
-        return str(error), np.zeros(256, int)
+        sheet.save(path)
+    except ValueError as error:  # Pillow's "unknown file extension"
+        raise DataError(f"cannot write the picture {path}: {error}") from error
 
 
-def survey(root, check):
-    """Print the images of each split and the share of each class; with `check`, decode the images
-    as well. Returns what is wrong: a sentence per file."""
-    problems, shares = [], {}
-    for split in ("train", "val", "test", "train_extra"):
-        if split == "train_extra" and not (Path(root, "gtCoarse").is_dir()
-                                           and Path(root, "leftImg8bit", split).is_dir()):
-            continue  # few have it
-        found = find_split(root, split).values()
-        jobs = [(image, None if split == "test" else label, check) for image, label in found
-                if image and (check if split == "test" else label)]
-        if split != "test":
-            problems += [f"{image or label} has no {'label' if image else 'image'} beside it"
-                         for image, label in found if not (image and label)]
-        with ProcessPoolExecutor() as pool:
-            results = list(tqdm(pool.map(examine, jobs, chunksize=4), f"decoding {split}",
-                                len(jobs), unit=" files", leave=False, disable=None))
-        problems += [problem for problem, _ in results if problem]
-        pixels = sum((pixels for _, pixels in results), np.zeros(256, int))
-        print(f"{split}: {sum(image is not None for image, _ in found)} images")
-        if pixels[:NUM_CLASSES].any():
-            shares[split] = 100 * pixels[:NUM_CLASSES] / pixels[:NUM_CLASSES].sum()
-    print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
-    for label in CLASSES:
-        print(f"{label.name:22}" + "".join(f"{s[label.train_id]:12.2f}" for s in shares.values()))
-    return problems
+# python cityscapes.py ---------------------------------------------------------------------------
 
 
-def measure(root, crop_size, samples=24):
-    """Print milliseconds, on one core, to decode, to make a sample, and to make one cached."""
-    torch.set_num_threads(1)
-    seconds = []  # of decoding, of a sample, of a cached sample
-    with tempfile.TemporaryDirectory() as cache:
-        plain, cached = (TrainingStream(Cityscapes(root, "train", folder), crop_size)
-                         for folder in (None, cache))
-        for k in range(min(samples, len(plain.dataset))):
-            files = plain.dataset.files[plain.index(k)]
-            cached[k]  # decodes, writes the cache, and reads the PNGs into the system's memory
-            moments = [time.perf_counter()]
-            for work in (lambda: decode_pair(*files), lambda: plain[k], lambda: cached[k]):
-                work()
-                moments.append(time.perf_counter())
-            seconds.append(np.diff(moments))
-    print(f"\none core, crop {crop_size[0]}x{crop_size[1]}, medians:")
-    decoding, sample, from_cache = 1000 * np.median(seconds, axis=0)
-    print(f"decoding the two files alone {decoding:6.1f} ms\n"
-          f"a training sample            {sample:6.1f} ms, {1000 / sample:.0f} a second, "
-          f"{sample / decoding:.2f} times decoding\n"
-          f"with a warm cache            {from_cache:6.1f} ms, {1000 / from_cache:.0f} a second, "
-          f"{sample / from_cache:.1f} times as fast")
+class Examined(Dataset):
+    """For each item of a data set what is wrong with it, a sentence or "", and its pixels by train
+    id, (256,)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            _, label = self.dataset[i]
+        except DataError as error:
+            return str(error), torch.zeros(256, dtype=torch.int64)
+        return "", torch.bincount(label.flatten(), minlength=256)
 
 
 def main():
@@ -501,31 +412,50 @@ def main():
     parser.add_argument("--data", default="data/cityscapes", metavar="DIR",
                         help="folder with leftImg8bit and gtFine (data/cityscapes)")
     parser.add_argument("--check", action="store_true",
-                        help="decode the images as well, not only the labels")
+                        help="decode all files: the share of each class, and what is wrong")
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
                         help="size of the training samples in pixels (512 1024)")
     parser.add_argument("--sheet", default="samples.png", metavar="FILE",
                         help="where to draw training samples (samples.png)")
     args = parser.parse_args()
+    if min(args.crop) < 1:
+        parser.error("--crop takes positive numbers")
 
-    if min(args.crop) < 1 or not Path(args.sheet).resolve().parent.is_dir():
-        raise DataError("--crop takes positive numbers, --sheet a file in a folder that exists")
-    problems = survey(args.data, args.check)
-    for problem in problems:
-        print(problem)
+    problems, shares = [], {}
+    for split in ("train", "val", "test", "train_extra"):
+        if not Path(args.data, "leftImg8bit", split).is_dir():
+            continue  # the latter two are optional, and the sheet asks for the first
+        try:
+            dataset = Cityscapes(args.data, split)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        print(f"{split}: {len(dataset)} images")
+        pixels = torch.zeros(256, dtype=torch.int64)
+        loader = DataLoader(Examined(dataset), batch_size=None, num_workers=os.cpu_count())
+        for problem, counts in tqdm(loader, split, leave=False) if args.check else []:
+            problems += [problem] if problem else []
+            pixels += counts
+        pixels = pixels[: len(CLASSES)]
+        shares[split] = 100 * pixels / pixels.sum()
+    if args.check:
+        print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
+        for label in CLASSES:
+            print(f"{label.name:22}", *(f"{s[label.train_id]:11.2f}" for s in shares.values()))
     if problems:
-        print(f"{len(problems)} problems")
-        sys.exit(1)
+        print(*problems, sep="\n")
+        sys.exit(f"cityscapes.py: {len(problems)} problems")
     stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
-    save_sheet(args.sheet, [[overlaid(*stream[3 * row + column]) for column in range(3)]
-                            for row in range(4)])
-    print(f"\ndrew 12 training samples: {args.sheet}")
-    measure(args.data, args.crop)
+    save_sheet(args.sheet, [[overlaid(*stream[3 * row + column], CLASSES) for column in range(3)]
+                            for row in range(4)], CLASSES)
+    print(f"drew 12 training samples: {args.sheet}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names in another encoding
     try:
         main()
-    except DataError as error:
-        print(f"cityscapes.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, DataError) as error:
+        sys.exit(f"cityscapes.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

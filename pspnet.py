@@ -1,22 +1,17 @@
 """PSPNet, the Pyramid Scene Parsing Network (H. Zhao et al., CVPR 2017, arXiv:1612.01105).
 
-    net = PSPNet(num_classes=19, backbone="resnet50_v1c")
+    net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
     logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
     net = load_net("best.pt")         # from train.py, or one of mmsegmentation's published files
 
-    python pspnet.py                  # its stages, parameters and GFLOPs, and how fast it is
+    python pspnet.py                  # parameters, GFLOPs, and a proof that the exact head is exact
 
 A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1, 4, 9 and 36
 regions that tells every position what scene it is in, and a classifier. Names and numbers are
 mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64), for a fifth less arithmetic:
 `PyramidHead` explains how, and why that is exact.
 """
-import argparse
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # Mean and standard deviation of ImageNet's photographs, RGB, in grey levels of 0..255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-BINS = (1, 2, 3, 6)  # the pyramid averages over 1x1, 2x2, 3x3 and 6x6 regions (section 3.2)
 
-
-# ------------------------------------------------------------------------------------------------
-# The backbone: a ResNet (He et al., CVPR 2016) of output stride 8
+# The backbone: a ResNet (He et al., CVPR 2016) of output stride 8 -------------------------------
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -149,33 +141,25 @@ class ResNet(nn.Module):
 # the gradients of those are documented as nondeterministic on CUDA (use_deterministic_algorithms)
 
 
-def pooling_matrix(bins, size, like):
-    """P of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h, w) by regions.
+def matrix_of(linear_map, size, like):
+    """The matrix of a linear map of `size` numbers: its columns are what it makes of the unit
+    vectors. linear_map: (1, size, size) -> (1, size, n), row by row.
+    Returns (1, 1, n, size), of the dtype and on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the centres
+    units = torch.eye(size, dtype=dtype, device=like.device)[None]
+    return linear_map(units).mT.to(like.dtype)[None]
 
-    Bin i covers the positions from floor(i size / bins) to before ceil((i + 1) size / bins): bins
-    overlap where `bins` doesn't divide `size`, as in adaptive_avg_pool2d.
-    Returns (1, 1, bins, size), of the dtype and on the device of `like`.
-    """
-    i = torch.arange(bins, device=like.device)[:, None]
-    position = torch.arange(size, device=like.device)
-    inside = (position >= i * size // bins) & (position < ((i + 1) * size + bins - 1) // bins)
-    inside = inside.to(torch.promote_types(like.dtype, torch.float32))
-    return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)[None, None]
+
+def pooling_matrix(bins, size, like):
+    """P, (1, 1, bins, size), of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h, w)
+    by regions. Regions overlap where `bins` doesn't divide `size`, as in adaptive_avg_pool2d."""
+    return matrix_of(lambda units: F.adaptive_avg_pool1d(units, bins), size, like)
 
 
 def interpolation_matrix(cells, size, like):
-    """U of linear interpolation: U_h @ x @ U_w.mT stretches x (B, C, k, l) bilinearly to h x w.
-
-    The centre of output position i lies at (i + 1/2) cells / size - 1/2 on the axis of the cells,
-    held between the first and the last (align_corners=False). The weight of a cell is 1 at the
-    cell and falls linearly to 0 at its neighbours.
-    Returns (1, 1, size, cells), of the dtype and on the device of `like`.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the centres
-    i = torch.arange(size, device=like.device, dtype=dtype)[:, None]
-    cell = torch.arange(cells, device=like.device, dtype=dtype)
-    centre = ((i + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
-    return (1 - (centre - cell).abs()).clamp(min=0).to(like.dtype)[None, None]
+    """U, (1, 1, size, cells), of linear interpolation: U_h @ x @ U_w.mT stretches x (B, C, k, l)
+    bilinearly to h x w (align_corners=False)."""
+    return matrix_of(lambda units: F.interpolate(units, size, mode="linear"), cells, like)
 
 
 def upsample(x, size):
@@ -188,8 +172,7 @@ def upsample(x, size):
         return rows @ (x @ columns.mT)
 
 
-# ------------------------------------------------------------------------------------------------
-# The heads
+# The heads --------------------------------------------------------------------------------------
 
 
 class ConvBNReLU(nn.Module):
@@ -205,82 +188,90 @@ class ConvBNReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class PyramidHead(nn.Module):
-    """Pyramid pooling and classifier (section 3.2): x (B, C, h, w) -> (B, num_classes, h, w).
-
-    `textbook_forward` is the paper's figure 3: average x over k x k regions for k = 1, 2, 3, 6;
-    give each level a 1x1 convolution, batch norm and ReLU, which makes p_k, of k x k cells; stretch
-    it to h x w; stack x and the four stretched levels; then a 3x3 convolution of that stack, batch
-    norm and ReLU. Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9
-    and 36 cells. `forward` computes the same without stretching anything. Everything up to the p_k
-    and after the 3x3 convolution stays; what is between them is linear, and is rewritten:
-
-    1. A convolution of a stack is the sum of one convolution per part, each with its own slice of
-       the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
-    2. Stretching acts on rows and columns: stretched p = R p S^T with R (h, k) and S (w, k) from
-       `interpolation_matrix`.
-    3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
-       u and v = 0, 1, 2. At (i, j) a copy shows the input at (i + u - 1, j + v - 1), and its
-       channels are mixed by the matrix W[u, v]. Mixing channels and moving pixels don't interfere,
-       so mix first, on the k x k cells, and stretch and move after:
-           conv(R p S^T; W) = sum over u and v of  R_u (W[u, v] p) S_v^T,
-       where row i of R_u is row i + u - 1 of R, or zeros where R has no such row: they are the
-       zero padding of the convolution. S_v likewise.
-    4. For each output channel that sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k),
-       times the nine mixtures as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). The
-       sum over the levels is such a product as well: the left factors stand side by side, (h, 36),
-       the right ones below each other, (36, w), where 36 is 3 (1 + 2 + 3 + 6).
-
-    Nothing is approximated, the weight remains one tensor, and the arithmetic of the whole network
-    (ResNet-50, images of 512x1024) falls to 0.785 of the textbook's, of a training step to 0.796.
-    """
-
-    def __init__(self, in_channels, num_classes):
-        super().__init__()
-        channels = in_channels // 4
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
-            for k in BINS)
-        # "bottleneck" is mmsegmentation's name for it; it has nothing to do with the block above.
-        self.bottleneck = ConvBNReLU(in_channels + len(BINS) * channels, channels, 3)
-        self.dropout = nn.Dropout2d(0.1)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, x):
-        h, w = x.shape[-2:]
-        in_channels, channels = x.shape[1], self.conv_seg.in_channels
-        parts = [in_channels] + [channels] * len(BINS)
-        weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
-        # The rows of all levels first, (B, C, 1 + 2 + 3 + 6, w): x is large, and so is read once.
-        strips = torch.cat([pooling_matrix(k, h, like=x) for k in BINS], dim=2) @ x
-        levels = zip(BINS, strips.split(BINS, dim=2), self.psp_modules, weights, strict=True)
-        lefts, rights = [], []
-        for k, strip, (_, conv_bn_relu), weight in levels:
-            means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
-            cells = conv_bn_relu(means)  # (B, channels, k, k)
-            # o, i: channels out and in; u, v: taps of the kernel; s, t: rows and columns of cells
-            mixtures = torch.einsum("oiuv,bist->bousvt", weight, cells)
-            blocks = mixtures.flatten(4, 5).flatten(2, 3)  # (B, channels, 3k, 3k)
-            lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
-            rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
-        y = F.conv2d(x, weight_x, padding=1)
-        y += torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
-        y = F.relu(self.bottleneck.bn(y), inplace=True)
-        return self.conv_seg(self.dropout(y))
-
-    def textbook_forward(self, x):
-        """The same as in the paper's figure, for the reader, for the tests and to compare times."""
-        stretched = [F.interpolate(module(x), x.shape[-2:], mode="bilinear", align_corners=False)
-                     for module in self.psp_modules]
-        y = self.bottleneck(torch.cat([x, *stretched], dim=1))
-        return self.conv_seg(self.dropout(y))
-
-
 def three_shifts(matrix):
     """(1, 1, n, k) -> (1, 1, n, 3k): as the three taps of a convolution see the rows. Row i of the
     result is rows i - 1, i and i + 1 side by side, with zeros beyond the first and the last."""
     padded = F.pad(matrix, (0, 0, 1, 1))
     return torch.cat([padded[:, :, :-2], padded[:, :, 1:-1], padded[:, :, 2:]], dim=3)
+
+
+class PyramidHead(nn.Module):
+    """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> (B, num_classes, h,
+    w). `bins` are the levels: k averages x over k x k regions; without any there is no pyramid.
+
+    `textbook_forward` is what the paper says, `forward` computes the same with less arithmetic.
+    """
+
+    def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
+        super().__init__()
+        channels = in_channels // 4
+        self.bins = tuple(bins)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
+            for k in self.bins)
+        # "bottleneck" is mmsegmentation's name for it; it has nothing to do with the block above.
+        self.bottleneck = ConvBNReLU(in_channels + len(self.bins) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def textbook_forward(self, x):
+        """Each level averages x, has a 1x1 convolution, batch norm and ReLU, and is stretched to
+        h x w; a 3x3 convolution reads the stack of x and the levels, 4096 channels in ResNet-50."""
+        stretched = [F.interpolate(level(x), x.shape[-2:], mode="bilinear", align_corners=False)
+                     for level in self.psp_modules]
+        y = self.bottleneck(torch.cat([x, *stretched], dim=1))
+        return self.conv_seg(self.dropout(y))
+
+    def forward(self, x):
+        """The same without stretching anything.
+
+        Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9 and 36 cells
+        (with bins 1, 2, 3, 6). Call p_k the k x k cells of level k, after their ReLU. What is
+        between the p_k and the batch norm after the 3x3 convolution is linear, and is rewritten:
+
+        1. A convolution of a stack is the sum of one convolution per part, each with its own slice
+           of the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
+        2. Stretching acts on rows and columns: stretched p = R p S^T with R (h, k) and S (w, k)
+           from `interpolation_matrix`.
+        3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
+           u and v = 0, 1, 2. At (i, j) a copy shows the input at (i + u - 1, j + v - 1), and its
+           channels are mixed by the matrix W[u, v]. Mixing channels and moving pixels don't
+           interfere, so mix first, on the k x k cells, and stretch and move after:
+               conv(R p S^T; W) = sum over u and v of  R_u (W[u, v] p) S_v^T,
+           where row i of R_u is row i + u - 1 of R, or zeros where R has no such row: they are the
+           zero padding of the convolution. S_v likewise.
+        4. For each output channel that sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k),
+           times the nine mixtures as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w).
+           The sum over the levels is such a product as well: the left factors stand side by side,
+           (h, 36), the right ones below each other, (36, w), where 36 is 3 (1 + 2 + 3 + 6).
+
+        Nothing is approximated, the weight remains one tensor, and the arithmetic of the network
+        (ResNet-50, images of 512x1024) falls to 0.785 of the textbook's, of training to 0.796.
+        """
+        parts = [x.shape[1]] + [self.conv_seg.in_channels] * len(self.bins)
+        weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
+        y = F.conv2d(x, weight_x, padding=1)
+        if self.bins:
+            y += self.convolved_levels(x, weights)
+        y = F.relu(self.bottleneck.bn(y), inplace=True)
+        return self.conv_seg(self.dropout(y))
+
+    def convolved_levels(self, x, weights):
+        """The sum over k of conv(stretched p_k; W_k), (B, channels, h, w), by steps 2 to 4."""
+        h, w = x.shape[-2:]
+        # The rows of all levels first, (B, C, 1 + 2 + 3 + 6, w): x is large, and so is read once.
+        strips = torch.cat([pooling_matrix(k, h, like=x) for k in self.bins], dim=2) @ x
+        lefts, rights = [], []
+        for k, strip, (_, conv_bn_relu), weight in zip(
+                self.bins, strips.split(self.bins, dim=2), self.psp_modules, weights, strict=True):
+            means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
+            p = conv_bn_relu(means)  # (B, channels, k, k)
+            # o, i: channels out and in; u, v: taps of the kernel; s, t: rows and columns of cells
+            mixtures = torch.einsum("oiuv,bist->bousvt", weight, p)
+            blocks = mixtures.flatten(4, 5).flatten(2, 3)  # (B, channels, 3k, 3k)
+            lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
+            rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
+        return torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
 
 
 class AuxiliaryHead(nn.Module):
@@ -298,12 +289,12 @@ class AuxiliaryHead(nn.Module):
         return self.conv_seg(self.dropout(self.convs(x)))
 
 
-# ------------------------------------------------------------------------------------------------
-# The network
+# The network ------------------------------------------------------------------------------------
 
 
 class PSPNet(nn.Module):
-    """The whole network; `backbone` is a name in BACKBONES.
+    """The whole network; `backbone` is a name in BACKBONES, `bins` are the levels of the pyramid
+    (the paper's table 1 compares some; none is the network without a pyramid).
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W; the network normalises them itself. Both logits: (B, num_classes, H, W), float;
@@ -315,12 +306,13 @@ class PSPNet(nn.Module):
     which so starts as its shortcut. `load_backbone` brings ImageNet's weights.
     """
 
-    def __init__(self, num_classes=19, backbone="resnet50_v1c"):
+    def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
-        self.num_classes, self.backbone_name = num_classes, backbone
+        # What a checkpoint must say beside the weights: PSPNet(**net.arguments) has their shapes.
+        self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
         channels = 512 * BACKBONES[backbone][0].expansion
         self.backbone = ResNet(backbone)
-        self.decode_head = PyramidHead(channels, num_classes)
+        self.decode_head = PyramidHead(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -346,8 +338,7 @@ class PSPNet(nn.Module):
         return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Weights from files
+# Weights from files -----------------------------------------------------------------------------
 
 
 class CheckpointError(Exception):
@@ -364,9 +355,12 @@ def read_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint; it is cut short, or not "
-                              f"a file of tensors and plain Python ({reason})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "GLOBAL " in reason:  # the name of a class follows
+            reason = (f"it holds {reason.partition('GLOBAL ')[2].split()[0]}, which is code: save "
+                      "its 'state_dict' alone, {'state_dict': ...}, where that is installed")
+        raise CheckpointError(f"{path} cannot be read as tensors and plain Python; get it again, "
+                              f"or remove it ({reason})") from error
 
 
 def shapes(state):
@@ -376,10 +370,11 @@ def shapes(state):
 
 
 def load_net(path):
-    """The PSPNet that the checkpoint holds, on the CPU, in eval mode, in float32.
+    """The PSPNet that the checkpoint holds, on the CPU, in eval mode, in float32. net.classes are
+    the names of its classes, or None where the checkpoint doesn't tell.
 
-    Reads checkpoints of train.py and mmsegmentation's (the names are the same) for every backbone
-    in BACKBONES, recognised by names and shapes: net.backbone_name and net.num_classes tell.
+    train.py's checkpoints say which network they are of ("model", the arguments of PSPNet).
+    mmsegmentation's (the names of the weights are the same) are recognised by their shapes.
     Raises CheckpointError for every other file. That includes mmsegmentation's PSPNets of output
     stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
@@ -393,11 +388,17 @@ def load_net(path):
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
     num_classes, *_ = shapes(state).get("decode_head.conv_seg.bias") or [1]
-    for backbone in BACKBONES:
-        with torch.device("meta"):  # names and shapes without values
-            net = PSPNet(num_classes, backbone)
+    candidates = [{"num_classes": num_classes, "backbone": backbone} for backbone in BACKBONES]
+    for arguments in [checkpoint["model"]] if "model" in checkpoint else candidates:
+        try:
+            with torch.device("meta"):  # names and shapes without values
+                net = PSPNet(**arguments)
+        except Exception as error:  # it is another program's
+            raise CheckpointError(f"{path}: its 'model', {arguments}, is no PSPNet") from error
         if shapes(net.state_dict()) == shapes(state):
+            # A plain dict has no version, so batch norm makes up for counters that are missing.
             net.load_state_dict(dict(state), assign=True)  # the values of the file instead of none
+            net.classes = checkpoint.get("classes")
             return net.float().eval()
     raise CheckpointError(f"{path} is not a checkpoint of a PSPNet with one of the backbones "
                           f"{', '.join(BACKBONES)}: its names and shapes are others")
@@ -409,61 +410,34 @@ def load_backbone(net, weights):
     `weights` is "imagenet", for the file in BACKBONES (kept in torch.hub's cache once downloaded),
     or a path. Raises CheckpointError where they cannot be had or belong to another backbone.
     """
+    backbone = net.arguments["backbone"]
     if weights == "imagenet":
-        url = BACKBONES[net.backbone_name][-1]
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, no space, or another sha256
-            raise CheckpointError(f"cannot download the ImageNet weights {url} ({error}): copy the "
-                                  "file here and type --weights FILE, or --weights none") from error
-    else:
-        state = read_checkpoint(weights)
+        url = BACKBONES[backbone][-1]
+        weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        if not weights.exists():
+            sha256 = weights.stem.rpartition("-")[2]
+            try:
+                weights.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, weights, sha256)  # whole or not at all
+            except (OSError, RuntimeError) as error:  # no network, no space, or another sha256
+                raise CheckpointError(
+                    f"cannot download the ImageNet weights {url} ({error}): copy the file here and "
+                    "type --weights FILE, or --weights none") from error
+    state = read_checkpoint(weights)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
-        raise CheckpointError(f"{weights} does not hold the weights of a {net.backbone_name}: "
-                              "its names and shapes are others")
+        raise CheckpointError(f"{weights} does not hold the weights of a {backbone}: its names and "
+                              "shapes are others")
     net.backbone.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------
-# python pspnet.py
-
-
-def print_stages(net, size):
-    """A line per stage as it runs: operation, channels, stride, dilation, output size; parameters.
-    `net` is on the device "meta", which has shapes without values."""
-    hooks = []
-    print(f"{'stage':18}{'operation':16}{'channels':>8}{'stride':>8}{'dilation':>10}{'output':>12}")
-
-    def hook(name, operation):
-        def print_line(module, _, output):
-            _, channels, height, width = output.shape
-            dilations = {conv.dilation[0] for conv in module.modules()
-                         if isinstance(conv, nn.Conv2d) and conv.kernel_size[0] > 1}
-            dilation = ", ".join(map(str, sorted(dilations)))
-            print(f"{name:18}{operation:16}{channels:8}{round(size[0] / height):8}{dilation:>10}"
-                  f"{f'{height} x {width}':>12}")
-        hooks.append(net.get_submodule(name).register_forward_hook(print_line))
-
-    deep = net.backbone.deep_stem
-    hook("backbone.stem" if deep else "backbone.conv1", "3 conv 3x3" if deep else "conv 7x7")
-    hook("backbone.maxpool", "max pool 3x3")
-    for name in ("backbone.layer1", "backbone.layer2", "backbone.layer3", "backbone.layer4"):
-        blocks = net.get_submodule(name)
-        hook(name, f"{len(blocks)} {type(blocks[0]).__name__}")
-    hook("decode_head", "pyramid, 3x3")
-    hook("auxiliary_head", "conv 3x3")
-    net.train()(torch.empty(2, 3, *size, device="meta"))
-    for handle in hooks:
-        handle.remove()
-    parameters = sum(p.numel() for p in net.parameters())
-    auxiliary = sum(p.numel() for p in net.auxiliary_head.parameters())
-    print(f"\n{parameters:,} parameters, {parameters - auxiliary:,} without the auxiliary head")
+# python pspnet.py -------------------------------------------------------------------------------
 
 
 def count_gflops(net, shape, training):
-    """10^9 floating-point operations, two per multiply-add, of a forward (and backward)."""
+    """10^9 floating-point operations, two per multiply-add, of a forward (and backward) of images
+    of this shape, by a net on the device "meta", which has shapes without values."""
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         outputs = net.train(training)(torch.empty(shape, device="meta"))
         if training:
@@ -471,78 +445,26 @@ def count_gflops(net, shape, training):
     return counter.get_total_flops() / 1e9
 
 
-def measure(textbook, backbone, size):
-    """task -> (seconds of its second run, peak memory in MiB of the process so far), for the exact
-    or the textbook's head. Call it in a process of its own: a process keeps its peak."""
-    import resource  # not on Windows
-
-    h, w = size
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    net = PSPNet(backbone=backbone).to(device)
-    if textbook:
-        net.decode_head.forward = net.decode_head.textbook_forward
-    features = torch.rand(1, net.decode_head.psp_modules[0][1].conv.in_channels, h // 8, w // 8)
-    images = torch.randint(256, (1, 3, h, w), dtype=torch.uint8)
-    pair = torch.randint(256, (2, 3, h // 2, w // 2), dtype=torch.uint8)
-    features, images, pair = features.to(device), images.to(device), pair.to(device)
-
-    def head():
-        with torch.inference_mode():
-            net.eval().decode_head(features)
-
-    def forward():
-        with torch.inference_mode():
-            net.eval()(images)
-
-    def training_step():
-        sum(output.mean() for output in net.train()(pair)).backward()
-
-    results = {}
-    for task, label in ((head, f"head, 1 image of {h}x{w}"), (forward, f"network, 1 x {h}x{w}"),
-                        (training_step, f"forward + backward, 2 x {h // 2}x{w // 2}")):
-        for _ in range(2):
-            start = time.perf_counter()
-            task()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            seconds = time.perf_counter() - start
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 if device.type == "cpu"
-                else torch.accelerator.max_memory_allocated() / 2**20)
-        results[label] = seconds, peak
-    return results
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50_v1c")
-    parser.add_argument("--size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
-                        help="size of the images in pixels (512 1024)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each head (3)")
-    args = parser.parse_args()
-    if min(args.size) < 16 or args.rounds < 1:
-        parser.error("--size takes 16 pixels or more, --rounds 1 or more")
-
     with torch.device("meta"):
-        net, textbook = PSPNet(backbone=args.backbone), PSPNet(backbone=args.backbone)
+        exact, textbook = PSPNet(), PSPNet()
     textbook.decode_head.forward = textbook.decode_head.textbook_forward
-    print_stages(net, args.size)
-    for training in (False, True):
-        ours, others = (count_gflops(n, (2, 3, *args.size), training) / 2 for n in (net, textbook))
-        print(f"{'forward + backward' if training else 'forward':18} {ours:5.0f} GFLOPs per image, "
-              f"{ours / others:.3f} of the {others:.0f} with the textbook's head")
+    parameters = sum(p.numel() for p in exact.parameters())
+    print(f"PSPNet with {exact.arguments['backbone']}: {parameters:,} parameters")
+    for task, training in (("forward", False), ("forward and backward", True)):
+        ours, theirs = (count_gflops(net, (2, 3, 512, 1024), training) / 2
+                        for net in (exact, textbook))
+        print(f"{task}, GFLOPs per image of 512x1024: exact head {ours:.0f}, textbook's "
+              f"{theirs:.0f}, ratio {ours / theirs:.3f}")
 
-    print(f"\nseconds and peak memory, medians of {args.rounds} rounds of exact and textbook's "
-          f"head in turn (torch {torch.__version__}, {torch.get_num_threads()} threads):")
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    rounds = [[pool.submit(measure, textbook, args.backbone, args.size).result()
-               for textbook in (False, True)] for _ in range(args.rounds)]
-    for label in rounds[0][0]:
-        print(f"{label:34}", end="")
-        for head, name in enumerate(("exact", "textbook")):
-            seconds, memory = zip(*(pair[head][label] for pair in rounds), strict=True)
-            print(f"{name} {median(seconds):6.2f} s {median(memory):6.0f} MiB   ", end="")
-        print(f"{median(a[label][0] / b[label][0] for a, b in rounds):.2f} of the time")
+    net = PSPNet().double().eval()
+    image = torch.randint(256, (1, 3, 256, 512), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits, _ = net(image)
+        net.decode_head.forward = net.decode_head.textbook_forward
+        expected, _ = net(image)
+    print(f"a random image of 256x512 in float64: logits up to {expected.abs().max():.2g}, largest "
+          f"difference between the heads {(logits - expected).abs().max():.2g}")
 
 
 if __name__ == "__main__":

@@ -251,9 +251,11 @@ def test_the_script_takes_the_steps_of_the_recipe(toy, tmp_path):
                 w.sub_(rate * m)
     last = read_checkpoint(tmp_path / "last.pt")
     states = last["optimizer"]["state"].values()
+    # Relative to the whole, as the gradient of a bias before a batch norm is 0 but for rounding.
+    size = torch.stack([m.norm() for m in momenta]).norm()
     for (name, w), state, m in zip(net.named_parameters(), states, momenta, strict=True):
-        assert (last["state_dict"][name] - w).norm() <= 2e-5 * w.norm(), name
-        assert (state["momentum_buffer"] - m).norm() <= 2e-5 * m.norm(), name
+        assert (last["state_dict"][name] - w).norm() <= 2e-5 * size, name
+        assert (state["momentum_buffer"] - m).norm() <= 2e-5 * size, name
 
 
 def test_training_learns(toy, tmp_path):
