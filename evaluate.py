@@ -173,6 +173,12 @@ def share_of_cores(most):
     return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def sentence_of(error):
+    """The text of an error for people. That of a DataLoader's worker comes as its whole traceback,
+    of which the last line is the sentence."""
+    return str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
+
+
 def autocast(device, precision):
     """The context in which the network computes in `precision`: "fp32", "bf16" or "fp16"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -363,7 +369,6 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, DataError, CheckpointError) as error:
-        # A worker's error holds its whole traceback, whose last line is the sentence.
-        sys.exit(f"evaluate.py: {str(error).rpartition(chr(10))[2]}")
+        sys.exit(f"evaluate.py: {sentence_of(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

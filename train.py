@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from cityscapes import (VOID, Cityscapes, DataError, TrainingStream, colored, photograph,
                         save_sheet, save_whole)
-from evaluate import (autocast, evaluate, format_scores, predict, scores_of, share_of_cores,
-                      this_process)
+from evaluate import (autocast, evaluate, format_scores, predict, scores_of, sentence_of,
+                      share_of_cores, this_process)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
 
 
@@ -303,7 +303,6 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, DataError, CheckpointError) as error:
-        # A worker's error holds its whole traceback, whose last line is the sentence.
-        sys.exit(f"train.py: {str(error).rpartition(chr(10))[2]}")
+        sys.exit(f"train.py: {sentence_of(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

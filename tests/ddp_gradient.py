@@ -1,7 +1,6 @@
 """For test_train.py, under torchrun: the gradient of a global batch of 4 images, batch norm and
 dropout frozen, in float64, by DistributedDataParallel over all processes and by rank 0 alone.
 Prints the largest difference, as a share of the largest gradient."""
-
 import sys
 from pathlib import Path
 
@@ -23,18 +22,15 @@ net.double().train()
 for module in net.modules():
     if isinstance(module, (nn.BatchNorm2d, nn.Dropout2d)):
         module.eval()
-images = torch.randint(
-    256, (4, 3, 33, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
+images = torch.rand(4, 3, 33, 65, generator=torch.Generator().manual_seed(0)) * 255
 label = make_label(4, 33, 65)  # with different shares of void in each image
 
 
 def gradients(model, mine):
     net.zero_grad()
     logits, aux_logits = model(images[mine])
-    (
-        segmentation_loss(logits, label[mine]) + 0.4 * segmentation_loss(aux_logits, label[mine])
-    ).backward()
+    loss = segmentation_loss(logits, label[mine])
+    (loss + 0.4 * segmentation_loss(aux_logits, label[mine])).backward()
     return [p.grad.clone() for p in net.parameters()]
 
 
@@ -42,7 +38,6 @@ shared = gradients(DistributedDataParallel(net), slice(rank, None, world))
 alone = gradients(net, slice(None))
 if rank == 0:
     largest = max(gradient.abs().max() for gradient in alone)
-    print(
-        max((a - b).abs().max() for a, b in zip(shared, alone, strict=True)).item() / largest.item()
-    )
+    difference = max((a - b).abs().max() for a, b in zip(shared, alone, strict=True))
+    print((difference / largest).item())
 dist.destroy_process_group()

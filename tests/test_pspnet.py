@@ -1,6 +1,5 @@
 """The network against mmsegmentation 1.2.2's numbers (mmseg.pt), torchvision's ResNets and the
 textbook's pyramid head."""
-
 import re
 
 import numpy as np
@@ -8,14 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import MMSEG
 from fill import fill_state_dict, make_input, make_label
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import pspnet
-from conftest import MMSEG
 from pspnet import BACKBONES, CheckpointError, PSPNet, PyramidHead, load_backbone, load_net
 
-VARIANTS = {"r50-d8": "resnet50_v1c", "r18b-d8": "resnet18"}
+VARIANTS = {"r18-d8": "resnet18_v1c", "r50-d8": "resnet50_v1c", "r101-d8": "resnet101_v1c",
+            "r18b-d8": "resnet18", "r50b-d8": "resnet50", "r101b-d8": "resnet101"}
 
 
 def filled_net(variant):
@@ -27,48 +29,46 @@ def filled_net(variant):
 
 def images_for(normalised):
     """Grey levels that the network's own normalisation turns into the given input."""
-    mean, std = (
-        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (pspnet.MEAN, pspnet.STD)
-    )
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1)
+                 for v in (pspnet.MEAN, pspnet.STD))
     return (normalised.double() * std + mean).to(normalised.dtype)
 
 
 def relative_error(actual, expected):
+    """The largest difference as a share of the largest value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-# mmsegmentation ---------------------------------------------------------------------------------
+# mmsegmentation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_shapes_and_parameter_counts_are_mmsegmentations(variant):
-    net, recorded = PSPNet(backbone=VARIANTS[variant]), MMSEG["models"][variant]
+def test_names_parameters_and_float64_logits_of_all_six_variants_equal_mmsegmentations(variant):
+    net, recorded = filled_net(variant), MMSEG["models"][variant]
     assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
-        k: tuple(s) for k, s in recorded["keys"]
-    }
+        k: tuple(s) for k, s in recorded["keys"]}
     assert sum(p.numel() for p in net.parameters()) == recorded["n_params"]
-    auxiliary = sum(p.numel() for p in net.auxiliary_head.parameters())
-    assert recorded["n_params"] - auxiliary == recorded["n_params_no_aux"]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    ("recorded", "dtype", "tolerance"),
-    [("eval", torch.float32, 1e-5), ("eval64", torch.float64, 1e-9)],
-)
-def test_logits_equal_mmsegmentations(variant, recorded, dtype, tolerance):
-    net = filled_net(variant).to(dtype).eval()
-    for shape, expected in MMSEG["models"][variant][recorded].items():
-        images = images_for(make_input(shape).to(dtype))
+    net.double().eval()
+    for shape, expected in recorded["eval64"].items():
         with torch.no_grad():
-            stage3, stage4 = net.backbone(net.normalize(images))
-            assert relative_error(net.decode_head(stage4), expected["head"]) < tolerance
-            assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < tolerance
-            if "argmax" in expected:
-                assert torch.equal(net(images)[0].argmax(1).byte(), expected["argmax"])
+            stage3, stage4 = net.backbone(net.normalize(images_for(make_input(shape).double())))
+            assert relative_error(net.decode_head(stage4), expected["head"]) < 1e-9
+            assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
+def test_float32_logits_and_classes_equal_mmsegmentations(variant):
+    net = filled_net(variant).eval()
+    for shape, expected in MMSEG["models"][variant]["eval"].items():
+        images = images_for(make_input(shape))
+        with torch.no_grad():
+            head = net.decode_head(net.backbone(net.normalize(images))[1])
+            classes = net(images)[0].argmax(1)
+        assert relative_error(head, expected["head"]) < 1e-4
+        assert (classes == expected["argmax"]).float().mean() > 0.999  # the rest are ties
+
+
+@pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
 def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentations(variant):
     expected = MMSEG["models"][variant]["train64"]
     net = filled_net(variant).double().train()
@@ -82,10 +82,12 @@ def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentatio
     assert abs(aux_loss / expected["losses"]["aux.loss_ce"] - 1) < 1e-9
     gradients = {name: p.grad for name, p in net.named_parameters()}
     assert set(gradients) == set(expected["grad_norm_all"])
+    largest = max(expected["grad_norm_all"].values())
     for name, norm in expected["grad_norm_all"].items():
-        assert abs(gradients[name].norm().item() / norm - 1) < 1e-9, name
+        assert abs(gradients[name].norm().item() - norm) < 1e-9 * largest, name
     for name, gradient in expected["grads"].items():
-        assert relative_error(gradients[name].flatten()[:64], gradient["first64"]) < 1e-9, name
+        difference = (gradients[name].flatten()[:64] - gradient["first64"]).abs().max()
+        assert difference < 1e-9 * gradient["norm"], name
     state = net.state_dict()
     for name, statistic in expected["running_after"].items():
         assert relative_error(state[name], statistic) < 1e-9, name
@@ -101,32 +103,24 @@ def test_initialisation_has_mmsegmentations_statistics():
         else:  # both are samples of n: their spread differs by a factor of about 1 +- 1 / sqrt(n)
             n = value.numel()
             assert abs(value.std().item() / expected["std"] - 1) < 6 / n**0.5, name
-            assert (
-                abs(value.mean().item() - expected["mean"]) < 6 * expected["std"] * (2 / n) ** 0.5
-            ), name
+            error = abs(value.mean().item() - expected["mean"])
+            assert error < 6 * expected["std"] * (2 / n) ** 0.5, name
 
 
 def test_preprocessing_equals_mmsegmentations():
     recorded = MMSEG["preprocess"]
-    image = (
-        recorded["bgr"].flip(2).permute(2, 0, 1)[None]
-    )  # blue first, channels last -> RGB, first
-    assert torch.allclose(
-        PSPNet(backbone="resnet18").normalize(image), recorded["out"], rtol=1e-6, atol=1e-6
-    )
+    image = recorded["bgr"].flip(2).permute(2, 0, 1)[None]  # blue first, channels last -> RGB
+    assert relative_error(PSPNet(backbone="resnet18").normalize(image), recorded["out"]) < 1e-6
 
 
-# The backbones ----------------------------------------------------------------------------------
+# The backbones ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_backbone_equals_torchvisions_with_dilation(name):
     torch.manual_seed(0)
-    theirs = (
-        torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True])
-        .double()
-        .eval()
-    )
+    theirs = torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True])
+    theirs.double().eval()
     ours = pspnet.ResNet(name).double().eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
@@ -143,14 +137,15 @@ def test_imagenet_weights_are_torchvisions_v1(name):
     assert BACKBONES[name][-1] == torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
 
 
-# The exact pyramid head -------------------------------------------------------------------------
+# The exact pyramid head ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(64, 128), (90, 90), (97, 97), (128, 256), (9, 17), (5, 3)])
-@pytest.mark.parametrize(("batch", "training"), [(1, False), (3, False), (3, True)])
-def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch, training):
+@pytest.mark.parametrize("size", [(64, 128), (90, 90), (97, 97), (9, 17), (5, 3)])
+@pytest.mark.parametrize(("batch", "training", "bins"), [
+    (1, False, (1, 2, 3, 6)), (3, True, (1, 2, 3, 6)), (3, True, (1, 2, 4, 8)), (3, True, ())])
+def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch, training, bins):
     torch.manual_seed(0)
-    head = PyramidHead(16, 5).double().train(training)
+    head = PyramidHead(16, 5, bins).double().train(training)
     for name, value in head.state_dict().items():  # statistics that batch norm would have learnt
         if name.endswith(("running_mean", "bn.bias")):
             value.normal_()
@@ -167,11 +162,11 @@ def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch
         gradients = torch.autograd.grad((logits * weight).sum(), [x, *head.parameters()])
         results.append([logits, *gradients, *(b.double() for b in head.buffers())])
     for actual, expected in zip(*results, strict=True):
-        assert (actual - expected).abs().max() <= 1e-12 * max(1, expected.abs().max())
+        assert (actual - expected).abs().max() <= 1e-11 * max(1, expected.abs().max())
 
 
-class LargestOutput(TorchDispatchMode):
-    """Notes the shapes of all tensors that operations return."""
+class OutputShapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that operations return while it is entered."""
 
     def __init__(self):
         super().__init__()
@@ -179,18 +174,15 @@ class LargestOutput(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        self.shapes += [
-            tuple(t.shape)
-            for t in (output if isinstance(output, tuple) else (output,))
-            if torch.is_tensor(t)
-        ]
+        tensors = output if isinstance(output, tuple) else (output,)
+        self.shapes += [tuple(t.shape) for t in tensors if torch.is_tensor(t)]
         return output
 
 
 def test_no_tensor_of_twice_the_features_channels_at_their_resolution():
     head, x = PyramidHead(64, 5).eval(), torch.randn(1, 64, 24, 40)
     for forward, expected in ((head.forward, False), (head.textbook_forward, True)):
-        with LargestOutput() as seen, torch.no_grad():
+        with OutputShapes() as seen, torch.no_grad():
             forward(x)
         assert any(np.prod(shape) >= 128 * 24 * 40 for shape in seen.shapes) == expected
 
@@ -215,54 +207,39 @@ def test_exact_head_is_as_accurate_as_the_textbooks_in_bfloat16():
     assert exact_error < 1.2 * textbook_error
 
 
-def test_channels_last_gives_the_same():
-    torch.manual_seed(0)
-    net, images = PSPNet(backbone="resnet18").eval(), torch.rand(2, 3, 65, 129) * 255
-    with torch.no_grad():
-        expected = net(images)[0]
-        net.to(memory_format=torch.channels_last)
-        actual = net(images.to(memory_format=torch.channels_last))[0]
-    assert relative_error(actual, expected) < 1e-4
+@pytest.mark.parametrize(("bins", "size"), [(1, 7), (2, 7), (3, 64), (6, 64), (6, 5), (3, 256)])
+def test_pooling_matrix_holds_the_means_over_the_regions(bins, size):
+    """Region i goes from floor(i size / bins) to before ceil((i + 1) size / bins)."""
+    matrix = pspnet.pooling_matrix(bins, size, like=torch.zeros((), dtype=torch.float64))
+    expected = torch.zeros(bins, size, dtype=torch.float64)
+    for i in range(bins):
+        first, last = i * size // bins, -(-(i + 1) * size // bins)
+        expected[i, first:last] = 1 / (last - first)
+    assert (matrix[0, 0] - expected).abs().max() < 1e-14
 
 
-def test_compiles_without_graph_breaks():
-    torch.manual_seed(0)
-    net = PSPNet(backbone="resnet18").train()
-    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = compiled(images)
-        expected = net(images)
-    for actual, reference in zip(outputs, expected, strict=True):
-        assert actual.dtype == torch.float32  # the labels' resolution, in full precision
-        assert relative_error(actual, reference) < 0.05
+@pytest.mark.parametrize(("cells", "size"), [(1, 7), (2, 7), (6, 128), (6, 5), (16, 97)])
+def test_interpolation_matrix_falls_linearly_from_each_cell_to_its_neighbours(cells, size):
+    """The centre of position i lies at (i + 1/2) cells / size - 1/2, held within the cells."""
+    matrix = pspnet.interpolation_matrix(cells, size, like=torch.zeros((), dtype=torch.float64))
+    for i in range(size):
+        centre = min(max((i + 0.5) * cells / size - 0.5, 0), cells - 1)
+        for cell in range(cells):
+            expected = max(0.0, 1 - abs(centre - cell))
+            assert abs(matrix[0, 0, i, cell].item() - expected) < 1e-12
 
 
-def test_exports_with_dynamic_height_and_width():
-    torch.manual_seed(0)
-    net = PSPNet(backbone="resnet18").eval()
-    any_size = torch.__version__ >= (2, 15)  # max pooling of torch 2.11 wants to know the remainder
-    step = 1 if any_size else 8
-    height, width = (
-        step * torch.export.Dim(name, min=16 // step, max=4096 // step)
-        for name in ("height", "width")
-    )
-    exported = torch.export.export(
-        net,
-        (torch.rand(1, 3, 64, 96) * 255,),
-        dynamic_shapes={"images": {2: height, 3: width}},
-    ).module()
-    for size in ((64, 96), (72, 136), (40, 328), *[(65, 129), (40, 333)] * any_size):
-        images = torch.rand(1, 3, *size) * 255
-        with torch.no_grad():
-            assert relative_error(exported(images)[0], net(images)[0]) < 1e-5
+def test_upsample_equals_interpolate():
+    x = torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    for size in ((64, 128), (65, 129), (31, 20)):
+        expected = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        assert (pspnet.upsample(x, size) - expected).abs().max() < 1e-12
 
 
 # The network's contract ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(33, 47), (64, 64), (1, 1), (8, 100)])
+@pytest.mark.parametrize("size", [(33, 47), (64, 64), (1, 1), (2, 100)])
 def test_logits_have_the_size_of_the_images_and_bytes_equal_floats(size):
     torch.manual_seed(0)
     net = PSPNet(num_classes=7, backbone="resnet18_v1c")
@@ -272,59 +249,80 @@ def test_logits_have_the_size_of_the_images_and_bytes_equal_floats(size):
     assert logits.dtype == aux_logits.dtype == torch.float32
     with torch.no_grad():
         logits, aux_logits = net.eval()(images)
-        assert logits.shape == (2, 7, *size)
-        assert aux_logits is None
+        assert logits.shape == (2, 7, *size) and aux_logits is None
         assert torch.equal(logits, net(images.float())[0])
 
 
-@pytest.mark.parametrize("size", [(64, 128), (65, 129), (31, 20)])
-def test_upsample_equals_interpolate(size):
-    x = torch.randn(2, 3, 8, 16, dtype=torch.float64)
-    expected = F.interpolate(x, size, mode="bilinear", align_corners=False)
-    assert (pspnet.upsample(x, size) - expected).abs().max() < 1e-12
+def test_channels_last_gives_the_same():
+    torch.manual_seed(0)
+    net, images = PSPNet(backbone="resnet18").double().eval(), torch.rand(2, 3, 65, 129) * 255
+    with torch.no_grad():
+        expected = net(images)[0]
+        actual = net.to(memory_format=torch.channels_last)(images)[0]
+    assert relative_error(actual, expected) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("bins", "size"), [(1, 7), (2, 7), (3, 64), (6, 64), (6, 128), (6, 5), (3, 256)]
-)
-def test_pooling_matrix_equals_adaptive_pooling(bins, size):
-    x = torch.randn(2, 3, size, dtype=torch.float64)
-    expected = F.adaptive_avg_pool1d(x, bins)
-    assert (x @ pspnet.pooling_matrix(bins, size, like=x)[0].mT - expected).abs().max() < 1e-14
+def test_nothing_is_on_another_device_than_the_network():
+    """On a machine without a GPU: the operations of one, on shapes without values."""
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda:0"):
+            net = PSPNet(backbone="resnet18")
+        images = torch.zeros(2, 3, 65, 129, dtype=torch.uint8, device="cuda:0")
+        for training in (True, False):
+            logits, aux_logits = net.train(training)(images)
+            assert logits.device == torch.device("cuda:0") and logits.shape == (2, 19, 65, 129)
+            assert (aux_logits is not None) == training
+        for protocol in ({}, {"scales": (0.5, 1.25)}, {"flip": True}, {"tile": (32, 48)},
+                         {"scales": (0.5, 1), "flip": True, "tile": (32, 48)}):
+            prediction = evaluate.predict(net, images[0], **protocol)
+            assert prediction.device == torch.device("cuda:0") and prediction.shape == (65, 129)
 
 
-def test_matrices_are_as_exact_as_bfloat16_allows():
-    for matrix in (pspnet.pooling_matrix, pspnet.interpolation_matrix):
-        arguments = (6, 300) if matrix is pspnet.pooling_matrix else (6, 1030)
-        exact = matrix(*arguments, like=torch.zeros((), dtype=torch.float64))
-        rounded = matrix(*arguments, like=torch.zeros((), dtype=torch.bfloat16))
-        assert torch.all((rounded.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6)
+def test_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    net = PSPNet(backbone="resnet18").train()
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, expected = compiled(images), net(images)
+    for actual, reference in zip(outputs, expected, strict=True):
+        assert actual.dtype == torch.float32  # the labels' resolution, in full precision
+        assert relative_error(actual, reference) < 0.05
+
+
+def test_exports_with_dynamic_height_and_width():
+    torch.manual_seed(0)
+    net = PSPNet(backbone="resnet18").double().eval()
+    # In multiples of 8: max pooling of torch before 2.15 wants to know the remainder.
+    height, width = (8 * torch.export.Dim(name, min=2, max=512) for name in ("height", "width"))
+    exported = torch.export.export(net, (torch.rand(1, 3, 64, 96) * 255,),
+                                   dynamic_shapes={"images": {2: height, 3: width}}).module()
+    for size in ((64, 96), (72, 136), (40, 328)):
+        images = torch.rand(1, 3, *size) * 255
+        with torch.no_grad():
+            assert relative_error(exported(images)[0], net(images)[0]) < 1e-12
+
+
+def test_the_script_proves_the_exact_head(run_here):
+    process = run_here("pspnet.py")
+    assert process.returncode == 0
+    assert "48,975,494 parameters" in process.stdout and "ratio 0.785" in process.stdout
+    assert float(process.stdout.split()[-1]) < 1e-12
 
 
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def mmsegmentation_file(
-    path, backbone, num_classes=19, legacy=False, config="align_corners=False", without=()
-):
+def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="", without=()):
     """A file like those mmsegmentation published: `meta` and `state_dict`; each tensor is one zero
     seen many times, so that it is small."""
     with torch.device("meta"):
         state = PSPNet(num_classes, backbone).state_dict()
-    state = type(state)(
-        (k, torch.zeros((), dtype=v.dtype).expand(v.shape))
-        for k, v in state.items()
-        if not k.endswith(without)
-    )
-    meta = {
-        "mmseg_version": "0.5.0",
-        "config": config,
-        "CLASSES": ("road", "sidewalk"),
-        "PALETTE": [[128, 64, 128]],
-        "epoch": 108,
-        "iter": 40000,
-        "env_info": "sys.platform: linux",
-    }
+    state = type(state)((k, torch.zeros((), dtype=v.dtype).expand(v.shape))
+                        for k, v in state.items() if not k.endswith(without))
+    meta = {"mmseg_version": "0.5.0", "config": config, "CLASSES": ("road", "sidewalk"),
+            "PALETTE": [[128, 64, 128]], "iter": 40000, "env_info": "sys.platform: linux"}
     torch.save({"meta": meta, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
     return path
 
@@ -332,83 +330,66 @@ def mmsegmentation_file(
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_net_recognises_every_backbone_in_mmsegmentations_files(backbone, legacy, tmp_path):
-    net = load_net(
-        mmsegmentation_file(tmp_path / "net.pth", backbone, num_classes=11, legacy=legacy)
-    )
-    assert (net.backbone_name, net.num_classes, net.training) == (backbone, 11, False)
+    net = load_net(mmsegmentation_file(tmp_path / "net.pth", backbone, 11, legacy))
+    assert (net.arguments["backbone"], net.arguments["num_classes"]) == (backbone, 11)
+    assert net.arguments["bins"] == [1, 2, 3, 6] and net.classes is None and not net.training
     assert all(not value.is_meta and (value == 0).all() for value in net.state_dict().values())
-
-
-def test_load_net_gives_the_same_logits_as_the_net_that_was_saved(tmp_path):
-    net = filled_net("r18b-d8").eval()
-    torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pt")
-    images = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(load_net(tmp_path / "net.pt")(images)[0], net(images)[0])
 
 
 def test_load_net_reads_files_without_batch_norms_counters(tmp_path):
     path = mmsegmentation_file(tmp_path / "net.pth", "resnet18", without=("num_batches_tracked",))
-    net = load_net(path)
-    assert net.backbone_name == "resnet18"
-    assert all(
-        value == 0
-        for name, value in net.state_dict().items()
-        if name.endswith("num_batches_tracked")
-    )
+    counters = [value for name, value in load_net(path).state_dict().items()
+                if name.endswith("num_batches_tracked")]
+    assert counters and all(value == 0 for value in counters)
+
+
+@pytest.mark.parametrize("bins", [(1, 2, 3, 6), (2, 1, 6, 3), (1, 2, 4, 8), (1,), ()])
+def test_load_net_builds_the_network_that_was_saved(tmp_path, bins):
+    torch.manual_seed(0)
+    net = PSPNet(4, "resnet18", bins).eval()
+    torch.save({"state_dict": net.state_dict(), "model": net.arguments, "classes": list("abcd")},
+               tmp_path / "net.pt")
+    loaded = load_net(tmp_path / "net.pt")
+    images = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(loaded(images)[0], net(images)[0])
+    assert (loaded.arguments, loaded.classes) == (net.arguments, list("abcd"))
 
 
 def refused_files(folder):
     """file -> what the one sentence must say of it"""
     good = mmsegmentation_file(folder / "good.pth", "resnet18")
-    torch.save(
-        {"state_dict": torchvision.models.resnet18().state_dict()}, folder / "classifier.pth"
-    )
-    torch.save([torch.zeros(3)], folder / "list.pth")
-    torch.save({"net": {}}, folder / "other.pth")
-    torch.save({"state_dict": {"weight": 3, 4: 5}}, folder / "number.pth")
-    torch.save(
-        {"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, folder / "bias.pth"
-    )
-    torch.save({"state_dict": re.compile("code")}, folder / "objects.pth")
-    torch.save({"state_dict": np.float64(1)}, folder / "numpy.pth")
+    legacy = mmsegmentation_file(folder / "legacy.pth", "resnet18", legacy=True)
+    state = torch.load(good, weights_only=True)["state_dict"]
+    contents = {
+        "classifier.pth": ({"state_dict": torchvision.models.resnet18().state_dict()}, "shapes"),
+        "list.pth": ([torch.zeros(3)], "no 'state_dict'"),
+        "other.pth": ({"net": {}}, "no 'state_dict'"),
+        "number.pth": ({"state_dict": {"weight": 3, 4: 5}}, "names and shapes"),
+        "bias.pth": ({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, "shapes"),
+        "objects.pth": ({"state_dict": re.compile("code")}, "it holds re._compile, which is code"),
+        "numpy.pth": ({"state_dict": np.float64(1)}, "numpy"),
+        "foreign.pth": ({"state_dict": state, "model": "resnet18"}, "is no PSPNet"),
+        "bins.pth": ({"state_dict": state, "model": {"backbone": "resnet18", "bins": [1]}},
+                     "names and shapes"),
+    }
+    for name, (content, _) in contents.items():
+        torch.save(content, folder / name)
     (folder / "empty.pth").touch()
     (folder / "text.pth").write_text("404: not found\n")
-    content = good.read_bytes()
-    for share in (0.1, 0.5, 0.9, 0.999):
-        (folder / f"cut{share}.pth").write_bytes(content[: int(share * len(content))])
-    legacy = mmsegmentation_file(folder / "legacy.pth", "resnet18", legacy=True).read_bytes()
-    for share in (0.1, 0.5, 0.9, 0.999):
-        (folder / f"legacy{share}.pth").write_bytes(legacy[: int(share * len(legacy))])
-    mmsegmentation_file(
-        folder / "missing.pth", "resnet18", without=("decode_head.conv_seg.weight",)
-    )
-    mmsegmentation_file(
-        folder / "r50-d32.pth", "resnet50", config="backbone=dict(strides=(1, 2, 2, 2))"
-    )
-    mmsegmentation_file(
-        folder / "769x769.pth", "resnet50_v1c", config="align_corners=False ... align_corners=True"
-    )
-    return {
-        "nothing.pth": "there is no",
-        ".": "there is no",
-        "classifier.pth": "names and shapes",
-        "list.pth": "no 'state_dict'",
-        "other.pth": "no 'state_dict'",
-        "number.pth": "names and shapes",
-        "bias.pth": "names and shapes",
-        "objects.pth": "cannot be read",
-        "numpy.pth": "cannot be read",
-        "empty.pth": "cannot be read",
-        "text.pth": "cannot be read",
-        "missing.pth": "names and shapes",
-        "r50-d32.pth": "strides=(1, 2, 2, 2)",
-        "769x769.pth": "align_corners=True",
-    } | {
-        f"{kind}{share}.pth": "cannot be read"
-        for kind in ("cut", "legacy")
-        for share in (0.1, 0.5, 0.9, 0.999)
-    }
+    mmsegmentation_file(folder / "missing.pth", "resnet18", without=("conv_seg.weight",))
+    mmsegmentation_file(folder / "d32.pth", "resnet50", config="backbone=(strides=(1, 2, 2, 2))")
+    mmsegmentation_file(folder / "769.pth", "resnet50_v1c", config="align_corners=True")
+    expected = {name: words for name, (_, words) in contents.items()} | {
+        "nothing.pth": "there is no", ".": "there is no", "empty.pth": "get it again",
+        "text.pth": "get it again", "missing.pth": "names and shapes",
+        "d32.pth": "strides=(1, 2, 2, 2)", "769.pth": "align_corners=True"}
+    for whole in (good, legacy):
+        for share in (0.1, 0.5, 0.999):
+            cut = folder / f"{share}_{whole.name}"
+            cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+            expected[cut.name] = "get it again"
+    return expected
 
 
 def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
@@ -416,8 +397,7 @@ def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
         with pytest.raises(CheckpointError) as refusal:
             load_net(tmp_path / name)
         message = str(refusal.value)
-        assert str(tmp_path / name) in message, name
-        assert expected in message, (name, message)
+        assert str(tmp_path / name) in message and expected in message, (name, message)
         assert "\n" not in message, name
 
 
@@ -433,15 +413,38 @@ def test_load_backbone_reads_a_classifiers_weights_and_refuses_anothers(tmp_path
             load_backbone(PSPNet(backbone=backbone), tmp_path / "resnet18.pth")
 
 
-def test_load_backbone_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch):
+def test_imagenet_weights_are_downloaded_once_and_never_run_as_code(tmp_path, monkeypatch):
+    def download(url, path, sha256):
+        downloads.append((url, sha256))
+        torch.save(torchvision.models.resnet18().state_dict(), path)
+
+    downloads, net = [], PSPNet(backbone="resnet18")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
-    )
-    monkeypatch.setattr(
-        "torch.hub.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
-    )
-    with pytest.raises(
-        CheckpointError, match="(?s)resnet50_v1c-2cccc1ad.pth.*no network.*--weights"
-    ):
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    load_backbone(net, "imagenet")
+    load_backbone(net, "imagenet")
+    assert downloads == [(BACKBONES["resnet18"][-1], "f37072fd")]
+    cached = next(tmp_path.rglob("resnet18-f37072fd.pth"))
+    for damage in (b"", cached.read_bytes()[:1000], b"<!DOCTYPE html>"):
+        cached.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=f"{cached} cannot be read"):
+            load_backbone(net, "imagenet")
+
+    class Trap:
+        def __reduce__(self):
+            return downloads.clear, ()
+
+    torch.save({"conv1.weight": Trap()}, cached)
+    with pytest.raises(CheckpointError, match="which is code"):
+        load_backbone(net, "imagenet")
+    assert downloads
+
+
+def test_load_backbone_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", fail)
+    with pytest.raises(CheckpointError, match="resnet50_v1c-2cccc1ad.pth.*no network.*--weights"):
         load_backbone(PSPNet(), "imagenet")
