@@ -10,8 +10,8 @@ an endless stream of training samples.
     python cityscapes.py --data DIR --check  # also decodes all: share of each class, what is wrong
 
 The files are used as they come out of the official zip archives; nothing is prepared beforehand.
-Other classes in files of the same names: edit LABELS, from which everything else derives. A data
-set of another kind is a class of its own that has len(dataset), dataset[i] as above, and
+For other classes edit LABELS, from which everything else derives. A data set in other files is a
+class of its own that has len(dataset), dataset[i] as above, and
 dataset.classes, a list of entries with name, category and color. (Saving predictions also asks for
 dataset.name(i), a relative path without an ending.)
 """
@@ -21,6 +21,8 @@ import math
 import os
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # The classes ------------------------------------------------------------------------------------
@@ -81,15 +83,11 @@ LABELS = (
     Label(33, "bicycle", 18, "vehicle", (119, 11, 32)),
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
-VOID, UNKNOWN = 255, 254  # train ids: of pixels without a class; of ids that are not in LABELS
-CLASSES = sorted((label for label in LABELS if label.train_id not in (VOID, -1)),
-                 key=lambda label: label.train_id)
-assert [label.train_id for label in CLASSES] == list(range(len(CLASSES))), \
-    "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
-TRAIN_IDS = [UNKNOWN] * 256  # label id -> train id
-for _label in LABELS:
-    if _label.id >= 0:
-        TRAIN_IDS[_label.id] = _label.train_id
+VOID = 255  # the train id of pixels without a class
+TRAIN_IDS = {label.id: label.train_id for label in LABELS}
+CLASSES = [next((label for label in LABELS if label.train_id == i), None)
+           for i in range(1 + max(i for i in TRAIN_IDS.values() if i != VOID))]
+assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
 
 
 class DataError(Exception):
@@ -105,13 +103,13 @@ UPRIGHT = {  # the orientation that a camera notes (EXIF) -> what makes the pict
 
 
 def open_picture(path):
-    """A decoded image file, upright, and Pillow's description of the pixels in it, in which "L;4",
-    say, is grey of 4 bits. Raises DataError, with the path, where it cannot be decoded."""
+    """A decoded image file, upright, and Pillow's words for the pixels as they lie in it: "L;4" is
+    grey of 4 bits, "I;16B" of 16. Raises DataError, with the path, where it cannot be decoded."""
     try:
         content = Path(path).read_bytes()
         Image.open(BytesIO(content)).verify()  # the checksums of a PNG, which decoding leaves out
         picture = Image.open(BytesIO(content))
-        kind = f"{picture.mode} {picture.tile}"
+        kind = f"{picture.mode} {picture.tile}"  # what load() will decode, and then forget
         picture.load()
     except Exception as error:  # Pillow raises almost anything, and never says which file it was
         raise DataError(f"cannot decode {path} ({error})") from error
@@ -119,7 +117,9 @@ def open_picture(path):
         orientation = picture.getexif().get(0x112)
     except Exception:  # broken metadata do no harm to the pixels
         orientation = None
-    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture, kind
+    if orientation in UPRIGHT:
+        picture = picture.transpose(UPRIGHT[orientation])
+    return picture, kind
 
 
 def read_image(path):
@@ -141,14 +141,16 @@ def read_label(path):
     DataError for a damaged file, another mode, and ids that are not in LABELS."""
     picture, kind = open_picture(path)
     if picture.mode not in ("L", "P") or "L;" in kind:  # L;1, L;2, L;4: stretched to 0..255
-        raise DataError(f"{path} is not an image of one channel of 8 bits, as labels are ({kind})")
+        raise DataError(f"{path} is not an image of one channel of 8 bits, as labels are: it has "
+                        f"mode {picture.mode}, or fewer bits")
     unknown = [value for value, count in enumerate(picture.histogram())
-               if count > 0 and TRAIN_IDS[value] == UNKNOWN]
+               if count > 0 and value not in TRAIN_IDS]
     if unknown:
         raise DataError(f"{path} has label ids that are not in the table of labels "
                         f"({', '.join(map(str, unknown))}): expected ids as in *_labelIds.png, "
                         "not train ids or colors")
-    return torch.from_numpy(np.array(picture.point(TRAIN_IDS)))
+    table = [TRAIN_IDS.get(value, VOID) for value in range(256)]
+    return torch.from_numpy(np.array(picture.point(table)))
 
 
 def read_pair(image_path, label_path):
@@ -188,8 +190,8 @@ class Cityscapes(Dataset):
     Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
     NAME_gtFine_labelIds.png (or gtCoarse), exactly so; names that begin with a dot are left out.
     With `cache`, a folder, each pair is decoded once, into a file of 4 H W bytes there (in all 25
-    GB for train), of which only what is used is read later. Raises DataError for whatever is wrong
-    with the files, and OSError for what may not be read or written.
+    GB for train), which is mapped into memory: only what is used of it is read. Raises DataError
+    for whatever is wrong with the files, and OSError for folders that may not be read or written.
     """
 
     classes = CLASSES
@@ -197,6 +199,7 @@ class Cityscapes(Dataset):
     def __init__(self, root, split, cache=None):
         self.root, self.split, self.cache = root, split, cache
         folder, ending = Path(root, "leftImg8bit", split), "_leftImg8bit.png"
+        # os.listdir, because glob is silent about folders that may not be read.
         cities = os.listdir(folder) if folder.is_dir() else []
         self.names = sorted(f"{city}/{file.removesuffix(ending)}"
                             for city in cities if (folder / city).is_dir() and city[0] != "."
@@ -223,16 +226,17 @@ class Cityscapes(Dataset):
 
     def paths(self, i):
         """Path of image i, and of its label, or None for the test split."""
+        image = Path(self.root, "leftImg8bit", self.split, f"{self.names[i]}_leftImg8bit.png")
+        if self.split == "test":
+            return image, None
         kind = "gtCoarse" if self.split == "train_extra" else "gtFine"
-        label = Path(self.root, kind, self.split, f"{self.names[i]}_{kind}_labelIds.png")
-        return (Path(self.root, "leftImg8bit", self.split, f"{self.names[i]}_leftImg8bit.png"),
-                label if self.split != "test" else None)
+        return image, Path(self.root, kind, self.split, f"{self.names[i]}_{kind}_labelIds.png")
 
     def __getitem__(self, i):
         paths = self.paths(i)
-        if self.cache is None:
+        if not self.cache:
             return read_pair(*paths)
-        # The name holds all that the content depends on: a changed PNG gets a file of its own.
+        # A changed PNG or table gets a file of its own.
         stats = [(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
                  for path in paths if path]
         key = hashlib.sha256(repr((stats, TRAIN_IDS)).encode()).hexdigest()[:32]
@@ -248,7 +252,7 @@ class Cityscapes(Dataset):
 
 # Training samples -------------------------------------------------------------------------------
 
-PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes 0 (to 0.01)
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which the network's normalisation makes 0
 
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
@@ -262,15 +266,14 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     are the same here, except for its rounding and clipping to 0..255 after each. Saturation and hue
     are other distortions of the same strength: HSV keeps the largest of R, G and B where this keeps
     their mean. On the photographs of CamVid saturation 1.5 moves a value by 3.0 grey levels on
-    average, to places that are 2.9 apart in the two; for 0.5 it is 2.7 and 2.6, for hue 36 it is
-    2.5 and 1.6. In the most saturated colors they are up to 86 (saturation) and 66 (hue) apart.
+    average, to places that are 2.9 apart in the two, and hue 36 by 2.5, to places 1.6 apart.
     """
     angle = math.radians(hue)
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
-    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # 90 degrees around it
-    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * across
+    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # around it
+    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * quarter_turn
     matrix = contrast * (grey + saturation * turn)
-    return np.column_stack([matrix, np.full(3, contrast * brightness)])
+    return np.column_stack([matrix, matrix @ np.full(3, brightness)])
 
 
 def window_and_size(length, crop, scale):
@@ -284,7 +287,8 @@ class TrainingStream(Dataset):
     """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ...: image (3, *crop_size), RGB,
     and label (*crop_size), train ids, both uint8.
 
-    Everything random about it is a function of (seed, k) alone. So a run's data do not depend on
+    Everything random about it is a function of (seed, k), through generators seeded with [seed, 0,
+    epoch] for the order and [seed, 1, k] for the sample. So a run's data do not depend on
     how many workers or processes read them, and a run that is resumed at sample k reads none of
     those before. Samples 0 to N-1 are a permutation of the N images, N to 2N-1 another, and so on
     without an end: DataLoader(stream, sampler=range(first, last)) reads some.
@@ -310,9 +314,9 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
         scale = rng.uniform(0.5, 2.0)
         mirrored = rng.random() < 0.5
-        brightness, contrast, saturation, hue = (
+        matrix = color_matrix(*(
             rng.uniform(low, high) if rng.random() < 0.5 else neutral
-            for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0)))
+            for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0))))
 
         # Only what is under the crop is resized: a window of the photograph of about crop / scale.
         (height, width), (crop_height, crop_width) = label.shape, self.crop_size
@@ -327,16 +331,15 @@ class TrainingStream(Dataset):
             pixels = torch.bincount(new_label.flatten(), minlength=256)[:VOID]  # of each class
             if pixels.max() < 0.75 * pixels.sum():  # all void is no good either
                 break
-        old_image = image[window][None].contiguous(memory_format=torch.channels_last)  # faster so
-        new_image = F.interpolate(old_image, new_size, mode="bilinear")[0]
+        old = image[window][None].contiguous(memory_format=torch.channels_last)  # twice as fast so
+        new_image = F.interpolate(old, new_size, mode="bilinear")[0]
 
-        matrix = color_matrix(brightness, contrast, saturation, hue)
-        colored_image = photograph(new_image).convert("RGB", tuple(matrix.flatten()))
-        padded_image = Image.new("RGB", (crop_width, crop_height), PADDING)
-        padded_image.paste(ImageOps.mirror(colored_image) if mirrored else colored_image)
+        picture = photograph(new_image).convert("RGB", tuple(matrix.flatten()))
+        padded_picture = Image.new("RGB", (crop_width, crop_height), PADDING)
+        padded_picture.paste(ImageOps.mirror(picture) if mirrored else picture)
         padded_label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
         padded_label[:new_height, :new_width] = new_label.flip(3) if mirrored else new_label
-        return torch.from_numpy(np.array(padded_image)).permute(2, 0, 1), padded_label
+        return torch.from_numpy(np.array(padded_picture)).permute(2, 0, 1), padded_label
 
 
 # Pictures ---------------------------------------------------------------------------------------
@@ -362,15 +365,15 @@ def overlaid(image, label, classes):
 
 
 def save_sheet(path, rows, classes, width=480):
-    """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes. Raises
-    DataError for a path whose ending is of no kind of pictures, and OSError."""
+    """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes."""
     rows = [[picture.resize((width, max(1, round(width * picture.height / picture.width))))
              for picture in row] for row in rows]
     # The entries of the legend have 120 x 24 pixels.
     columns = max(len(row) for row in rows)
     line, per_line = 24, columns * width // 120
     heights = [max(picture.height for picture in row) for row in rows]
-    sheet = Image.new("RGB", (columns * width, sum(heights) + line * -(-len(classes) // per_line)))
+    legend = line * math.ceil(len(classes) / per_line)
+    sheet = Image.new("RGB", (columns * width, sum(heights) + legend))
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             sheet.paste(picture, (j * width, sum(heights[:i])))
@@ -379,31 +382,19 @@ def save_sheet(path, rows, classes, width=480):
         x, y = 120 * (i % per_line), sum(heights) + line * (i // per_line)
         draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
         draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
-    try:
-        sheet.save(path)
-    except ValueError as error:  # Pillow's "unknown file extension"
-        raise DataError(f"cannot write the picture {path}: {error}") from error
+    sheet.save(path)
 
 
 # python cityscapes.py ---------------------------------------------------------------------------
 
 
-class Examined(Dataset):
-    """For each item of a data set what is wrong with it, a sentence or "", and its pixels by train
-    id, (256,)."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        try:
-            _, label = self.dataset[i]
-        except DataError as error:
-            return str(error), torch.zeros(256, dtype=torch.int64)
-        return "", torch.bincount(label.flatten(), minlength=256)
+def examine(dataset, i):
+    """What is wrong with item i, a sentence or None, and its pixels by train id, (256,)."""
+    try:
+        _, label = dataset[i]
+    except DataError as error:
+        return str(error), np.zeros(256, int)
+    return None, np.bincount(label.numpy().ravel(), minlength=256)
 
 
 def main():
@@ -420,34 +411,36 @@ def main():
     args = parser.parse_args()
     if min(args.crop) < 1:
         parser.error("--crop takes positive numbers")
+    if Image.registered_extensions().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
+        parser.error(f"--sheet {args.sheet}: its ending must be of a kind of pictures, as .png is")
 
     problems, shares = [], {}
     for split in ("train", "val", "test", "train_extra"):
         if not Path(args.data, "leftImg8bit", split).is_dir():
-            continue  # the latter two are optional, and the sheet asks for the first
+            continue  # not everybody has all; the sheet below asks for train
         try:
             dataset = Cityscapes(args.data, split)
         except DataError as error:
             problems.append(str(error))
             continue
         print(f"{split}: {len(dataset)} images")
-        pixels = torch.zeros(256, dtype=torch.int64)
-        loader = DataLoader(Examined(dataset), batch_size=None, num_workers=os.cpu_count())
-        for problem, counts in tqdm(loader, split, leave=False) if args.check else []:
-            problems += [problem] if problem else []
-            pixels += counts
-        pixels = pixels[: len(CLASSES)]
-        shares[split] = 100 * pixels / pixels.sum()
-    if args.check:
+        if args.check:
+            with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+                results = list(tqdm(pool.map(partial(examine, dataset), range(len(dataset))),
+                                    split, len(dataset), leave=False))
+            problems += [problem for problem, _ in results if problem]
+            pixels = sum(pixels for _, pixels in results)[: len(CLASSES)]
+            shares[split] = 100 * pixels / max(1, pixels.sum())
+    if shares:
         print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
-        for label in CLASSES:
-            print(f"{label.name:22}", *(f"{s[label.train_id]:11.2f}" for s in shares.values()))
+    for i, entry in enumerate(CLASSES if shares else []):
+        print(f"{entry.name:22}" + "".join(f"{share[i]:12.2f}" for share in shares.values()))
     if problems:
         print(*problems, sep="\n")
-        sys.exit(f"cityscapes.py: {len(problems)} problems")
+        sys.exit(f"cityscapes.py: {len(problems)} of the above must be mended")
     stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
-    save_sheet(args.sheet, [[overlaid(*stream[3 * row + column], CLASSES) for column in range(3)]
-                            for row in range(4)], CLASSES)
+    pictures = [overlaid(*stream[k], CLASSES) for k in range(12)]
+    save_sheet(args.sheet, [pictures[k: k + 3] for k in range(0, 12, 3)], CLASSES)
     print(f"drew 12 training samples: {args.sheet}")
 
 

@@ -22,13 +22,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from cityscapes import Cityscapes, DataError, colored, overlaid, read_image
+from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import VOID, DataError, colored, overlaid, read_image
 from pspnet import CheckpointError, load_net
 
 # From an image to a class for every pixel -------------------------------------------------------
+
+
+def autocast(device, precision):
+    """The context in which a network computes in `precision`: "fp32", "bf16" or "fp16"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def tile_starts(length, tile):
@@ -45,39 +52,45 @@ def tiled_probabilities(net, image, tile):
     height, width = image.shape[1:]
     tile_height, tile_width = min(tile[0], height), min(tile[1], width)
     total = torch.zeros(net.arguments["num_classes"], height, width, device=image.device)
-    tiles = torch.zeros(height, width, device=image.device)
+    count = torch.zeros(height, width, device=image.device)  # tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
             inside = np.s_[..., top: top + tile_height, left: left + tile_width]
-            total[inside] += net(image[inside][None])[0][0].softmax(dim=0)
-            tiles[inside] += 1
-    return total / tiles
+            logits, _ = net(image[inside][None])
+            total[inside] += logits[0].softmax(dim=0)
+            count[inside] += 1
+    return total / count
 
 
 @torch.inference_mode()
-def predict(net, image, scales=(1.0,), flip=False, tile=None):
-    """The train id of every pixel: image (3, H, W), uint8 RGB -> (H, W), uint8, on that device.
+def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
+    """The train id of every pixel: image (3, H, W), uint8 RGB, and net on one device -> (H, W),
+    uint8, there. `precision` is that of the network, "fp32", "bf16" or "fp16".
 
     With several scales, or with flip (each scale also mirrored), the class probabilities of all of
     them are averaged at the size of the image, as mmsegmentation's test-time augmentation does.
-    With tile = (height, width) the network sees such tiles instead of whole images, as in the
-    authors' code (hszhao/semseg, tool/test.py; that pads images that are smaller than a tile).
+    With tile = (height, width) the network sees such tiles of the scaled images, as in the authors'
+    code (hszhao/semseg, tool/test.py; unlike there, images smaller than a tile are not padded).
     """
-    size, total = image.shape[1:], 0
-    views = [(scale, False) for scale in scales] + [(scale, True) for scale in scales if flip]
-    for scale, mirrored in views:
-        view = image
-        if scale != 1:
-            scaled = [max(1, int(length * scale + 0.5)) for length in size]
-            view = F.interpolate(image[None].float(), scaled, mode="bilinear")[0]
-        view = view.flip(2) if mirrored else view
-        scores = tiled_probabilities(net, view, tile) if tile else net(view[None])[0][0]
-        scores = scores.flip(2) if mirrored else scores
-        if scale != 1:
-            scores = F.interpolate(scores[None], size, mode="bilinear")[0]
-        if len(views) > 1 and not tile:  # tiles are probabilities, and one view needs none
-            scores = scores.softmax(dim=0)
-        total = total + scores
+    size = image.shape[1:]
+    total = torch.zeros((), device=image.device)
+    for scale in scales:
+        for mirrored in (False, True) if flip else (False,):
+            view = image
+            if scale != 1:
+                scaled = [max(1, int(length * scale + 0.5)) for length in size]
+                view = F.interpolate(image[None].float(), scaled, mode="bilinear")[0]
+            if mirrored:
+                view = view.flip(2)
+            with autocast(image.device, precision):
+                scores = tiled_probabilities(net, view, tile) if tile else net(view[None])[0][0]
+            if mirrored:
+                scores = scores.flip(2)
+            if scale != 1:
+                scores = F.interpolate(scores[None], size, mode="bilinear")[0]
+            if not tile:  # tiles are probabilities already
+                scores = scores.softmax(dim=0)
+            total = total + scores
     return total.max(dim=0).indices.byte()  # on a CPU several times as fast as argmax
 
 
@@ -85,15 +98,15 @@ def predict(net, image, scales=(1.0,), flip=False, tile=None):
 
 
 def confusion(label, prediction, num_classes):
-    """Pixels by truth (row) and prediction (column): train ids, uint8, of any one shape ->
+    """Pixels by truth (row) and prediction (column): train ids, uint8, both of the same shape ->
     (num_classes, num_classes), int64. Void in the label is left out."""
     pairs = label.int() * num_classes + prediction
     counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes)
-    return counts.view(256, num_classes)[:num_classes]  # void is in the rows after these
+    return counts.view(256, num_classes)[:num_classes]  # row 255 is void
 
 
 def intersection_over_union(matrix):
-    """Of each class, from pixels by truth and prediction: NaN where a class is in neither."""
+    """Of each class, from pixels by truth and prediction: NaN for one that is in neither."""
     return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
 
 
@@ -111,21 +124,21 @@ def scores_of(matrix, classes):
         raise DataError("there is nothing to score: every pixel of the labels is void")
     matrix = matrix.cpu().double()
     iou, accuracy = intersection_over_union(matrix), matrix.diag() / matrix.sum(dim=1)
-    categories = list(dict.fromkeys(entry.category for entry in classes))
-    # (classes, categories), 0 or 1: adds up the rows and the columns of each category
+    categories = list(dict.fromkeys(entry.category for entry in classes))  # unique, in order
+    # (classes, categories), 0 or 1: a product with it adds up what belongs to each category
     member = torch.tensor([[entry.category == c for c in categories] for entry in classes]).double()
     category_iou = intersection_over_union(member.T @ matrix @ member)
 
-    def rows(names, **columns):
-        return [{"name": name} | {key: None if values[i].isnan() else values[i].item()
-                                  for key, values in columns.items()}
-                for i, name in enumerate(names)]
+    def number(value):
+        return None if value.isnan() else value.item()
 
     return {"miou": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item(),
             "category_miou": category_iou.nanmean().item(),
             "pixel_accuracy": (matrix.diag().sum() / matrix.sum()).item(),
-            "classes": rows([entry.name for entry in classes], iou=iou, accuracy=accuracy),
-            "categories": rows(categories, iou=category_iou)}
+            "classes": [{"name": entry.name, "iou": number(iou[i]), "accuracy": number(accuracy[i])}
+                        for i, entry in enumerate(classes)],
+            "categories": [{"name": name, "iou": number(category_iou[i])}
+                           for i, name in enumerate(categories)]}
 
 
 def format_scores(scores):
@@ -139,8 +152,8 @@ def format_scores(scores):
               for row in classes]
     lines += ["", f"{'category':16}{'IoU %':>8}"]
     lines += [f"{row['name']:16}{percent(row['iou']):>8}" for row in categories]
-    present, categories_present = (sum(row["iou"] is not None for row in rows)
-                                   for rows in (classes, categories))
+    present = sum(row["iou"] is not None for row in classes)
+    categories_present = sum(row["iou"] is not None for row in categories)
     lines += ["", f"mIoU {percent(scores['miou'])} % over {present} of {len(classes)} classes, "
               f"category mIoU {percent(scores['category_miou'])} % over {categories_present}, "
               f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
@@ -152,9 +165,9 @@ def format_scores(scores):
 
 
 def this_process():
-    """(device, rank, world): which of the `world` processes that torchrun started this is, and its
-    GPU (or other accelerator), or the CPU. Without torchrun, which says it in the environment,
-    there is one process. Ends the process where there are more of them than GPUs."""
+    """(device, rank, world): the GPU (or other accelerator, or the CPU) of this process, its number
+    and how many there are, as torchrun says in the environment; without torchrun there is one.
+    Ends the process where there are more than GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cpu":
@@ -179,14 +192,7 @@ def sentence_of(error):
     return str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
 
 
-def autocast(device, precision):
-    """The context in which the network computes in `precision`: "fp32", "bf16" or "fp16"."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-
-def evaluate(net, dataset, device, precision="fp32", workers=4, ids_folder=None, color_folder=None,
-             **protocol):
+def evaluate(net, dataset, device, workers=4, ids_folder=None, color_folder=None, **protocol):
     """The confusion matrix of `net` on `dataset` over all processes, (classes, classes), int64, on
     the CPU, the same in each process. Every process must call it.
 
@@ -196,26 +202,22 @@ def evaluate(net, dataset, device, precision="fp32", workers=4, ids_folder=None,
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank, len(dataset), world)
-    loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers,
+    loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers,  # one by one
                         pin_memory=device.type != "cpu")
     bar = tqdm(loader, "evaluating", unit=" images", leave=False,
                disable=None if rank == 0 else True)  # None: in a terminal only
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for i, (image, label) in zip(share, bar, strict=True):
-        with autocast(device, precision):
-            prediction = predict(net, image.to(device, non_blocking=True), **protocol)
+    for n, (image, label) in enumerate(bar):
+        prediction = predict(net, image.to(device, non_blocking=True), **protocol)
         matrix += confusion(label.to(device, non_blocking=True), prediction, num_classes)
         if ids_folder or color_folder:
-            save_prediction(prediction.cpu(), image, dataset.name(i), dataset.classes, ids_folder,
-                            color_folder)
+            save_prediction(prediction.cpu(), image, dataset.name(share[n]), dataset.classes,
+                            ids_folder, color_folder)
     if dist.is_initialized():
         dist.all_reduce(matrix)
     return matrix.cpu()
-
-
-# Predictions as files ---------------------------------------------------------------------------
 
 
 def save_prediction(prediction, image, name, classes, ids_folder, color_folder):
@@ -226,56 +228,48 @@ def save_prediction(prediction, image, name, classes, ids_folder, color_folder):
     colors, alone and over the photograph. Raises OSError.
     """
     for folder in filter(None, (ids_folder, color_folder)):
-        Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
     if ids_folder:
         ids = np.array([getattr(entry, "id", i) for i, entry in enumerate(classes)], np.uint8)
-        Image.fromarray(ids[prediction]).save(Path(ids_folder, f"{name}.png"))
+        Image.fromarray(ids[prediction.numpy()]).save(Path(ids_folder, f"{name}.png"))
     if color_folder:
         colored(prediction, classes).save(Path(color_folder, f"{name}_color.png"))
         overlaid(image, prediction, classes).save(Path(color_folder, f"{name}_overlay.png"))
 
 
-def find_photographs(paths, folders):
-    """The image files among `paths`: files, and every file of a folder that is not hidden. Raises
-    DataError where there are none, and where a prediction, which is named after its photograph,
-    would overwrite another or could overwrite a photograph, as it would lie in the same folder."""
-    files = []
-    for path in map(Path, paths):
-        files += sorted(file for file in path.iterdir() if file.is_file()
-                        and not file.name.startswith(".")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"there are no files in {', '.join(map(str, paths))}")
-    by_name = {}
-    for file in files:
-        other = by_name.setdefault(file.stem, file)
-        if other is not file:
-            raise DataError(f"{other} and {file} would both be saved as {file.stem}.png: predict "
-                            "them one after the other, into different folders")
-        if file.resolve().parent in [Path(folder).resolve() for folder in folders]:
-            raise DataError(f"the prediction of {file} would be written beside it: give another "
-                            "folder to --save-ids and --save-color")
-    return files
+class Photographs(Dataset):
+    """Image files as a data set without labels: all is void. `paths` are files, and folders, of
+    which every file is taken that is not hidden. Those that cannot be read are left out; .problems
+    has a sentence for each. Raises DataError where two would have predictions of one name."""
 
+    classes = Cityscapes.classes
 
-def predict_photographs(net, files, classes, device, precision, ids_folder, color_folder,
-                        **protocol):
-    """Predict this process's share of the files and save what comes out. Returns how many could
-    not be read, in all processes; each is named on stderr."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    unreadable = torch.tensor(0)
-    for file in tqdm(files[rank::world], "predicting", leave=False, disable=None):
-        try:
-            image = read_image(file)
-        except DataError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        with autocast(device, precision):
-            prediction = predict(net, image.to(device), **protocol)
-        save_prediction(prediction.cpu(), image, file.stem, classes, ids_folder, color_folder)
-    if dist.is_initialized():
-        dist.all_reduce(unreadable)  # waits for the others, which torchrun would end at an error
-    return unreadable.item()
+    def __init__(self, paths):
+        self.files, self.problems, names = [], [], {}
+        for path in map(Path, paths):
+            visible = [file for file in sorted(path.iterdir()) if file.is_file()
+                       and not file.name.startswith(".")] if path.is_dir() else [path]
+            for file in visible:
+                try:
+                    read_image(file)
+                except DataError as error:
+                    self.problems.append(str(error))
+                    continue
+                if file.stem in names:
+                    raise DataError(f"{names[file.stem]} and {file} would both be saved as "
+                                    f"{file.stem}.png: predict them into different folders")
+                names[file.stem] = file
+                self.files.append(file)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        image = read_image(self.files[i])
+        return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
+
+    def name(self, i):
+        return self.files[i].stem
 
 
 # python evaluate.py -----------------------------------------------------------------------------
@@ -305,7 +299,7 @@ def parse_args():
                         help="processes that decode images, for each GPU (4, or its share)")
     args = parser.parse_args()
 
-    if not min(*args.scales, *(args.tile or [1])) > 0 or args.workers < 0:
+    if min(*args.scales, *(args.tile or [1])) <= 0 or args.workers < 0:
         parser.error("--scales and --tile take positive numbers, --workers 0 or more")
     folders = [os.path.realpath(folder) for folder in (args.save_ids, args.save_color) if folder]
     if len(folders) == 2 and os.path.commonpath(folders) in folders:  # one is in the other
@@ -328,40 +322,42 @@ def main():
     if rank > 0:  # waits for process 0, which looks for mistakes before it joins, and tells of them
         dist.init_process_group()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
-    names = [entry.name for entry in Cityscapes.classes]
+    dataset = Photographs(args.images) if args.images else Cityscapes(args.data, args.split)
+    names = [entry.name for entry in dataset.classes]
     if net.arguments["num_classes"] != len(names) or net.classes not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({', '.join(net.classes or ['unnamed'])}), the data set has "
                               f"{len(names)} ({', '.join(names)})")
-    folders = {"ids_folder": args.save_ids, "color_folder": args.save_color}
-    for folder in filter(None, folders.values()):
+    for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    if args.images:
-        files = find_photographs(args.images, list(filter(None, folders.values())))
-    else:
-        dataset = Cityscapes(args.data, args.split)
+        if args.images and Path(folder).resolve() in [f.parent.resolve() for f in dataset.files]:
+            raise DataError(f"predictions in {folder} could overwrite the photographs there: give "
+                            "another folder to --save-ids and --save-color")
     if rank == 0 and world > 1:
         dist.init_process_group()
 
-    protocol = {"scales": args.scales, "flip": args.flip, "tile": args.tile}
-    if args.images:
-        unreadable = predict_photographs(net, files, Cityscapes.classes, device, args.precision,
-                                         **folders, **protocol)
-        sys.exit(1 if unreadable else 0)
-    matrix = evaluate(net, dataset, device, args.precision, args.workers, **folders, **protocol)
-    if rank > 0 or args.split == "test":
+    protocol = {"precision": args.precision, "scales": args.scales, "flip": args.flip,
+                "tile": args.tile}
+    matrix = evaluate(net, dataset, device, args.workers, args.save_ids, args.save_color,
+                      **protocol)
+    if rank > 0:
+        return
+    if args.images and dataset.problems:
+        print(*dataset.problems, sep="\n", file=sys.stderr)
+        sys.exit(f"evaluate.py: {len(dataset.problems)} files could not be read")
+    if args.images or args.split == "test":
         return
     scores = scores_of(matrix, dataset.classes)
     print(format_scores(scores))
-    views = f"tiles of {args.tile[0]}x{args.tile[1]}" if args.tile else "whole images"
-    scales = " ".join(f"{scale:g}" for scale in args.scales)
-    print(f"{len(dataset)} images of {args.split}, {views}, scales {scales}, "
-          f"{'with' if args.flip else 'no'} flip")
+    tiles = f"tiles of {args.tile[0]}x{args.tile[1]}" if args.tile else "whole images"
+    print(f"{len(dataset)} images of {args.split}, {tiles}, scales "
+          f"{' '.join(map(str, args.scales))}, {'with' if args.flip else 'no'} flip, "
+          f"{args.precision}")
     if args.json:
         Path(args.json).write_text(json.dumps(
             {"checkpoint": args.ckpt, "model": net.arguments, "split": args.split,
-             "images": len(dataset), "protocol": protocol | {"precision": args.precision},
-             **scores, "confusion_matrix": matrix.tolist()}, indent=1) + "\n")
+             "images": len(dataset), "protocol": protocol, **scores,
+             "confusion_matrix": matrix.tolist()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
     logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
     net = load_net("best.pt")         # from train.py, or one of mmsegmentation's published files
 
-    python pspnet.py                  # parameters, GFLOPs, and a proof that the exact head is exact
+    python pspnet.py                  # parameters, GFLOPs, and a check that the head is exact
 
 A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1, 4, 9 and 36
-regions that tells every position what scene it is in, and a classifier. Names and numbers are
-mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64), for a fifth less arithmetic:
-`PyramidHead` explains how, and why that is exact.
+regions that tells every position what scene it is in, and a classifier. The names of the weights
+and what is computed are mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64), for a
+fifth less arithmetic: `PyramidHead` explains how, and why that is exact.
 """
 from pathlib import Path
 
@@ -26,7 +26,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def shortcut(in_channels, out_channels, stride):
-    """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm."""
+    """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm;
+    named `downsample` in the blocks, as in the files of weights."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -46,6 +47,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.bn2.weight)  # a block starts as its shortcut
         self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x):
@@ -70,6 +72,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
+        nn.init.zeros_(self.bn3.weight)
         self.downsample = shortcut(in_channels, 4 * channels, stride)
 
     def forward(self, x):
@@ -82,13 +85,13 @@ class Bottleneck(nn.Module):
 
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks per stage, deep stem, ImageNet weights (the name ends in the sha256)
-    "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
-    "resnet18_v1c": (BasicBlock, (2, 2, 2, 2), True, OPENMMLAB + "resnet18_v1c-b5776b93.pth"),
-    "resnet50_v1c": (Bottleneck, (3, 4, 6, 3), True, OPENMMLAB + "resnet50_v1c-2cccc1ad.pth"),
-    "resnet101_v1c": (Bottleneck, (3, 4, 23, 3), True, OPENMMLAB + "resnet101_v1c-e67eebb6.pth"),
+BACKBONES = {  # block, blocks per stage, ImageNet weights; V1c has another stem
+    "resnet18": (BasicBlock, (2, 2, 2, 2), TORCHVISION + "resnet18-f37072fd.pth"),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), TORCHVISION + "resnet50-0676ba61.pth"),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), TORCHVISION + "resnet101-63fe2227.pth"),
+    "resnet18_v1c": (BasicBlock, (2, 2, 2, 2), OPENMMLAB + "resnet18_v1c-b5776b93.pth"),
+    "resnet50_v1c": (Bottleneck, (3, 4, 6, 3), OPENMMLAB + "resnet50_v1c-2cccc1ad.pth"),
+    "resnet101_v1c": (Bottleneck, (3, 4, 23, 3), OPENMMLAB + "resnet101_v1c-e67eebb6.pth"),
 }
 
 
@@ -96,17 +99,17 @@ class ResNet(nn.Module):
     """Normalised images (B, 3, H, W) -> stage 3 (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8,
     W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 round up.
 
-    A classifier's stages 3 and 4 halve the resolution twice more. Here they have stride 1, and
-    their 3x3 convolutions are dilated by 2 and 4: they reach as far in the image as their ImageNet
+    In the original stages 3 and 4 each halve the resolution. Here they have stride 1, and their 3x3
+    convolutions are dilated by 2 and 4, so that they reach as far in the image as their ImageNet
     weights are used to. The first block of such a stage keeps the dilation of the stage before,
-    because its input has the spacing of that stage: so do torchvision
-    (replace_stride_with_dilation) and mmsegmentation (contract_dilation). "V1c" is a stem of three
-    3x3 convolutions, instead of one 7x7. Names are torchvision's, but for `stem`.
+    because its input has the spacing of that stage (as in torchvision and mmsegmentation).
+    "V1c" is a stem of three 3x3 convolutions instead of one 7x7. Names are those in the files.
     """
 
     def __init__(self, name):
         super().__init__()
-        block, depths, self.deep_stem, _ = BACKBONES[name]
+        block, depths, _ = BACKBONES[name]
+        self.deep_stem = name.endswith("_v1c")
         if self.deep_stem:
             self.stem = nn.Sequential(
                 nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
@@ -117,17 +120,17 @@ class ResNet(nn.Module):
             self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        def stage(in_channels, channels, depth, stride, first_dilation, dilation):
-            blocks = [block(in_channels, channels, stride, first_dilation)]
+        def stage(in_channels, channels, depth, stride=1, dilation=1):
+            blocks = [block(in_channels, channels, stride, max(1, dilation // 2))]
             in_channels = channels * block.expansion
             blocks += [block(in_channels, channels, 1, dilation) for _ in range(depth - 1)]
             return nn.Sequential(*blocks)
 
-        e = block.expansion  # channels: in, and of the 3x3; blocks; stride; dilation: first, others
-        self.layer1 = stage(64, 64, depths[0], 1, 1, 1)
-        self.layer2 = stage(64 * e, 128, depths[1], 2, 1, 1)
-        self.layer3 = stage(128 * e, 256, depths[2], 1, 1, 2)
-        self.layer4 = stage(256 * e, 512, depths[3], 1, 2, 4)
+        e = block.expansion
+        self.layer1 = stage(64, 64, depths[0])
+        self.layer2 = stage(64 * e, 128, depths[1], stride=2)
+        self.layer3 = stage(128 * e, 256, depths[2], dilation=2)
+        self.layer4 = stage(256 * e, 512, depths[3], dilation=4)
 
     def forward(self, x):
         x = self.stem(x) if self.deep_stem else F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -136,34 +139,37 @@ class ResNet(nn.Module):
         return stage3, self.layer4(stage3)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pooling and upsampling as matrix products: faster than PyTorch's functions for them on a CPU, and
-# the gradients of those are documented as nondeterministic on CUDA (use_deterministic_algorithms)
+# Pooling and upsampling as matrix products ------------------------------------------------------
+#
+# The exact head below needs the matrices. Elsewhere they are faster than PyTorch's functions on a
+# CPU, and repeat on CUDA, where the gradients of those functions are documented as
+# nondeterministic (torch.use_deterministic_algorithms).
 
 
-def matrix_of(linear_map, size, like):
-    """The matrix of a linear map of `size` numbers: its columns are what it makes of the unit
-    vectors. linear_map: (1, size, size) -> (1, size, n), row by row.
-    Returns (1, 1, n, size), of the dtype and on the device of `like`."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the centres
-    units = torch.eye(size, dtype=dtype, device=like.device)[None]
+def matrix_of(linear_map, length, like):
+    """The matrix of a linear map of `length` numbers: its columns are what it makes of the unit
+    vectors. linear_map: (1, length, length), a vector per row -> (1, length, n).
+    Returns (1, 1, n, length), of the dtype and on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the samples
+    units = torch.eye(length, dtype=dtype, device=like.device)[None]
     return linear_map(units).mT.to(like.dtype)[None]
 
 
-def pooling_matrix(bins, size, like):
-    """P, (1, 1, bins, size), of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h, w)
-    by regions. Regions overlap where `bins` doesn't divide `size`, as in adaptive_avg_pool2d."""
-    return matrix_of(lambda units: F.adaptive_avg_pool1d(units, bins), size, like)
+def pooling_matrix(cells, length, like):
+    """P, (1, 1, cells, length), of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h,
+    w) by regions. They overlap where `cells` doesn't divide `length`, as in adaptive_avg_pool2d."""
+    return matrix_of(lambda units: F.adaptive_avg_pool1d(units, cells), length, like)
 
 
-def interpolation_matrix(cells, size, like):
-    """U, (1, 1, size, cells), of linear interpolation: U_h @ x @ U_w.mT stretches x (B, C, k, l)
+def interpolation_matrix(cells, length, like):
+    """R, (1, 1, length, cells), of linear interpolation: R_h @ p @ R_w.mT stretches p (B, C, k, l)
     bilinearly to h x w (align_corners=False)."""
-    return matrix_of(lambda units: F.interpolate(units, size, mode="linear"), cells, like)
+    return matrix_of(lambda units: F.interpolate(units, length, mode="linear"), cells, like)
 
 
 def upsample(x, size):
-    """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast."""
+    """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast, as
+    the loss is to be computed from."""
     device = "cpu" if x.is_meta else x.device.type  # "meta", shapes without values, has no autocast
     with torch.autocast(device, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -197,7 +203,7 @@ def three_shifts(matrix):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> (B, num_classes, h,
-    w). `bins` are the levels: k averages x over k x k regions; without any there is no pyramid.
+    w). `bins` are the levels: k averages x over k x k regions; bins=() leaves the pyramid out.
 
     `textbook_forward` is what the paper says, `forward` computes the same with less arithmetic.
     """
@@ -231,24 +237,24 @@ class PyramidHead(nn.Module):
 
         1. A convolution of a stack is the sum of one convolution per part, each with its own slice
            of the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
-        2. Stretching acts on rows and columns: stretched p = R p S^T with R (h, k) and S (w, k)
-           from `interpolation_matrix`.
+           The next two steps are about one level, and leave out its k.
+        2. Stretching acts on rows and columns of each channel p_i: stretched p_i = R p_i S^T with R
+           (h, k) and S (w, k) from `interpolation_matrix`.
         3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
-           u and v = 0, 1, 2. At (i, j) a copy shows the input at (i + u - 1, j + v - 1), and its
-           channels are mixed by the matrix W[u, v]. Mixing channels and moving pixels don't
-           interfere, so mix first, on the k x k cells, and stretch and move after:
-               conv(R p S^T; W) = sum over u and v of  R_u (W[u, v] p) S_v^T,
-           where row i of R_u is row i + u - 1 of R, or zeros where R has no such row: they are the
+           u and v = 0, 1, 2. At (y, x) a copy shows the input at (y + u - 1, x + v - 1), and
+           output channel o mixes its channels i by W[o, i, u, v]. Mixing channels and moving
+           pixels don't interfere, so mix first, on the k x k cells, and stretch and move after:
+               conv(R p S^T; W)_o = sum over u, v of  R_u (sum over i of W[o, i, u, v] p_i) S_v^T,
+           where row y of R_u is row y + u - 1 of R, or zeros where R has no such row: they are the
            zero padding of the convolution. S_v likewise.
-        4. For each output channel that sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k),
-           times the nine mixtures as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w).
-           The sum over the levels is such a product as well: the left factors stand side by side,
-           (h, 36), the right ones below each other, (36, w), where 36 is 3 (1 + 2 + 3 + 6).
+        4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures
+           as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two.
+           Then the sum over the levels is one product as well: the left factors stand side by
+           side, the right ones below each other, and between h and w stand 3 (1 + 2 + 3 + 6) = 36.
 
-        Nothing is approximated, the weight remains one tensor, and the arithmetic of the network
-        (ResNet-50, images of 512x1024) falls to 0.785 of the textbook's, of training to 0.796.
+        Nothing is approximated, and the weight remains one tensor, as in the files.
         """
-        parts = [x.shape[1]] + [self.conv_seg.in_channels] * len(self.bins)
+        parts = [x.shape[1]] + [self.bottleneck.conv.out_channels] * len(self.bins)
         weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
         y = F.conv2d(x, weight_x, padding=1)
         if self.bins:
@@ -266,9 +272,9 @@ class PyramidHead(nn.Module):
                 self.bins, strips.split(self.bins, dim=2), self.psp_modules, weights, strict=True):
             means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
             p = conv_bn_relu(means)  # (B, channels, k, k)
-            # o, i: channels out and in; u, v: taps of the kernel; s, t: rows and columns of cells
-            mixtures = torch.einsum("oiuv,bist->bousvt", weight, p)
-            blocks = mixtures.flatten(4, 5).flatten(2, 3)  # (B, channels, 3k, 3k)
+            # o, i: channels out and in; u, v: taps of the kernel; r, c: rows and columns of cells
+            mixtures = torch.einsum("oiuv,birc->bourvc", weight, p)
+            blocks = mixtures.reshape(*p.shape[:2], 3 * k, 3 * k)
             lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
             rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
         return torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
@@ -294,7 +300,7 @@ class AuxiliaryHead(nn.Module):
 
 class PSPNet(nn.Module):
     """The whole network; `backbone` is a name in BACKBONES, `bins` are the levels of the pyramid
-    (the paper's table 1 compares some; none is the network without a pyramid).
+    (the paper's table 1 compares some; bins=() leaves the pyramid out).
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W; the network normalises them itself. Both logits: (B, num_classes, H, W), float;
@@ -310,6 +316,7 @@ class PSPNet(nn.Module):
         super().__init__()
         # What a checkpoint must say beside the weights: PSPNet(**net.arguments) has their shapes.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
+        self.classes = None  # their names, where a checkpoint tells
         channels = 512 * BACKBONES[backbone][0].expansion
         self.backbone = ResNet(backbone)
         self.decode_head = PyramidHead(channels, num_classes, bins)
@@ -317,10 +324,6 @@ class PSPNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            if isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
         for head in (self.decode_head, self.auxiliary_head):
             nn.init.normal_(head.conv_seg.weight, std=0.01)
             nn.init.zeros_(head.conv_seg.bias)
@@ -333,7 +336,8 @@ class PSPNet(nn.Module):
         return logits, aux_logits
 
     def normalize(self, images):
-        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype."""
+        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype; by
+        Python's numbers, channel by channel, as a GPU would have to wait for tensors of them."""
         dtype = self.decode_head.conv_seg.weight.dtype
         return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
@@ -347,26 +351,24 @@ class CheckpointError(Exception):
 
 def read_checkpoint(path):
     """What torch.save wrote to `path`, tensors on the CPU; nothing in it is run (weights_only).
-
-    Raises CheckpointError where the file is missing, damaged, or holds other Python objects.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "GLOBAL " in reason:  # the name of a class follows
-            reason = (f"it holds {reason.partition('GLOBAL ')[2].split()[0]}, which is code: save "
-                      "its 'state_dict' alone, {'state_dict': ...}, where that is installed")
-        raise CheckpointError(f"{path} cannot be read as tensors and plain Python; get it again, "
-                              f"or remove it ({reason})") from error
+    Raises OSError, and CheckpointError where the file is damaged or holds other Python objects."""
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file makes torch.load raise almost anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if "GLOBAL " in reason:  # the name of a class follows
+                reason = (f"it holds {reason.partition('GLOBAL ')[2].split()[0]}, which is code: "
+                          "save {'state_dict': ...} alone, with the program that wrote the file")
+            raise CheckpointError(f"{path} cannot be read as tensors and plain Python; get it "
+                                  f"again, or remove it ({reason})") from error
 
 
 def shapes(state):
-    """name -> shape in a state dict, except batch norm's counters, which older files lack."""
+    """name -> shape in a state dict, except batch norm's counters, which older files lack; {} for
+    anything else."""
     return {name: getattr(value, "shape", None) for name, value in state.items()
-            if not str(name).endswith("num_batches_tracked")}
+            if not str(name).endswith("num_batches_tracked")} if isinstance(state, dict) else {}
 
 
 def load_net(path):
@@ -379,29 +381,31 @@ def load_net(path):
     stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
     checkpoint = read_checkpoint(path)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of a PSPNet: it has no 'state_dict'")
+    state = checkpoint["state_dict"]
     config = str(checkpoint.get("meta"))  # mmsegmentation keeps the text of its configuration there
     for setting in ("strides=(1, 2, 2, 2)", "align_corners=True"):
         if setting in config:
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
-    num_classes, *_ = shapes(state).get("decode_head.conv_seg.bias") or [1]
-    candidates = [{"num_classes": num_classes, "backbone": backbone} for backbone in BACKBONES]
-    for arguments in [checkpoint["model"]] if "model" in checkpoint else candidates:
+    shape = shapes(state).get("decode_head.conv_seg.bias") or [1]
+    candidates = [{"num_classes": shape[0], "backbone": backbone} for backbone in BACKBONES]
+    if "model" in checkpoint:
+        candidates = [checkpoint["model"]]
+    for arguments in candidates:
         try:
             with torch.device("meta"):  # names and shapes without values
                 net = PSPNet(**arguments)
-        except Exception as error:  # it is another program's
+        except Exception as error:  # the "model" of another program
             raise CheckpointError(f"{path}: its 'model', {arguments}, is no PSPNet") from error
         if shapes(net.state_dict()) == shapes(state):
-            # A plain dict has no version, so batch norm makes up for counters that are missing.
+            # In a plain dict, without versions, batch norm puts 0 for counters that are missing.
             net.load_state_dict(dict(state), assign=True)  # the values of the file instead of none
             net.classes = checkpoint.get("classes")
             return net.float().eval()
-    raise CheckpointError(f"{path} is not a checkpoint of a PSPNet with one of the backbones "
-                          f"{', '.join(BACKBONES)}: its names and shapes are others")
+    raise CheckpointError(f"{path} does not hold the weights of a PSPNet: names and shapes are "
+                          f"not those of {candidates}")
 
 
 def load_backbone(net, weights):
@@ -415,17 +419,18 @@ def load_backbone(net, weights):
         url = BACKBONES[backbone][-1]
         weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
         if not weights.exists():
-            sha256 = weights.stem.rpartition("-")[2]
+            hash_prefix = weights.stem.rpartition("-")[2]
             try:
                 weights.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, weights, sha256)  # whole or not at all
-            except (OSError, RuntimeError) as error:  # no network, no space, or another sha256
-                raise CheckpointError(
-                    f"cannot download the ImageNet weights {url} ({error}): copy the file here and "
-                    "type --weights FILE, or --weights none") from error
+                torch.hub.download_url_to_file(url, weights, hash_prefix)  # whole or not at all
+            except (OSError, RuntimeError) as error:  # no network, no space, or another hash
+                raise CheckpointError(f"cannot download the ImageNet weights {url} ({error}): get "
+                                      "the file by other means and type --weights FILE, or "
+                                      "--weights none") from error
     state = read_checkpoint(weights)
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
         raise CheckpointError(f"{weights} does not hold the weights of a {backbone}: its names and "
                               "shapes are others")
@@ -447,15 +452,16 @@ def count_gflops(net, shape, training):
 
 def main():
     with torch.device("meta"):
-        exact, textbook = PSPNet(), PSPNet()
-    textbook.decode_head.forward = textbook.decode_head.textbook_forward
-    parameters = sum(p.numel() for p in exact.parameters())
-    print(f"PSPNet with {exact.arguments['backbone']}: {parameters:,} parameters")
+        net = PSPNet()
+    exact, textbook = net.decode_head.forward, net.decode_head.textbook_forward
+    print(f"PSPNet with {net.arguments['backbone']}: {sum(p.numel() for p in net.parameters()):,} "
+          "parameters")
     for task, training in (("forward", False), ("forward and backward", True)):
-        ours, theirs = (count_gflops(net, (2, 3, 512, 1024), training) / 2
-                        for net in (exact, textbook))
-        print(f"{task}, GFLOPs per image of 512x1024: exact head {ours:.0f}, textbook's "
-              f"{theirs:.0f}, ratio {ours / theirs:.3f}")
+        gflops = []
+        for net.decode_head.forward in (exact, textbook):
+            gflops.append(count_gflops(net, (2, 3, 512, 1024), training) / 2)
+        print(f"{task}, GFLOPs per image of 512x1024: exact head {gflops[0]:.0f}, textbook's "
+              f"{gflops[1]:.0f}, ratio {gflops[0] / gflops[1]:.3f}")
 
     net = PSPNet().double().eval()
     image = torch.randint(256, (1, 3, 256, 512), dtype=torch.uint8)

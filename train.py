@@ -12,8 +12,8 @@ on a GPU. README.md lists how that recipe differs from the paper's. The folder -
     log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be ended at any moment by anything, and loses what came after last.pt. Resumed, it ends
-with the same weights as a run in one go.
+A run may be ended at any moment by anything, and loses what came after last.pt. Resumed, it goes on
+as if nothing had happened: the same samples, dropout, learning rate and momentum.
 """
 import argparse
 import json
@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
-from cityscapes import (VOID, Cityscapes, DataError, TrainingStream, colored, photograph,
-                        save_sheet, save_whole)
+from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import (VOID, DataError, TrainingStream, colored, photograph, save_sheet,
+                        save_whole)
 from evaluate import (autocast, evaluate, format_scores, predict, scores_of, sentence_of,
                       share_of_cores, this_process)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
@@ -55,8 +56,8 @@ def segmentation_loss(logits, label):
 
 
 def parse_args(device, world):
-    """The command line: the options, and the recipe, which is all of them that change the weights.
-    Also what in it departs from the reference, in words."""
+    """Returns the options, the recipe (a dict of those that change the weights), and in words what
+    in the recipe departs from the reference, which is the defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -97,12 +98,12 @@ def parse_args(device, world):
         parser.error("numbers must be positive (--workers may be 0)")
     if not 0 <= args.seed < 2**23:
         parser.error("--seed takes 0 to 8388607")
-    # Batch norm needs two images where the pyramid's first level is one value per image.
-    least = 1 if world > 1 and device.type != "cpu" else 2  # in a process
-    if args.batch_size % world or args.batch_size < least * world:
-        enough = max(-(-args.batch_size // world), least) * world
-        parser.error(f"--batch-size {args.batch_size} cannot be shared by {world} processes, each "
-                     f"with {least} images or more: type --batch-size {enough}")
+    # The pyramid's first level gives batch norm one value per image, and it needs two: of this
+    # process, or, where SyncBatchNorm joins GPUs, of all.
+    least = 2 * world if device.type == "cpu" else max(2, world)
+    if args.batch_size % world or args.batch_size < least:
+        parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
+                     f"{least} or more")
     neutral = ("data", "out", "workers", "cache", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in neutral}
     departures = [f"{name} {value} ({parser.get_default(name)})" for name, value in recipe.items()
@@ -118,7 +119,8 @@ def initialize(net, args, classes):
         if {**other.arguments, "num_classes": len(classes)} != net.arguments:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
         state = other.state_dict()
-        if other.arguments != net.arguments or other.classes not in (None, classes):
+        same_number = other.arguments["num_classes"] == len(classes)
+        if not same_number or other.classes not in (None, classes):
             print(f"{args.init} knows other classes: the two classifiers start at random")
             own = net.state_dict()
             state |= {name: own[name] for name in own if ".conv_seg." in name}
@@ -127,8 +129,9 @@ def initialize(net, args, classes):
         load_backbone(net, args.weights)
 
 
-def read_run(path, recipe):
-    """A run's checkpoint, to resume it. Raises CheckpointError where it is of another recipe."""
+def restore(path, recipe, net, optimizer, scaler):
+    """Give `net`, `optimizer` and `scaler` what the checkpoint of a run holds; returns its step and
+    history. Raises CheckpointError where it is of another recipe."""
     checkpoint = read_checkpoint(path)
     before = checkpoint.get("recipe", {})
     changed = [f"{name} was {before.get(name)} and is {recipe.get(name)}"
@@ -136,19 +139,22 @@ def read_run(path, recipe):
     if changed:
         raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): resume "
                               "with the old one, or start again with another --out")
-    return checkpoint
+    net.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"], checkpoint["history"]
 
 
-def read_loss(loss_sum, first, step):
-    """The mean loss of iterations `first` to `step` - 1 over all processes, from the sum of this
-    one's; waits for the device. Ends the run where it is not finite."""
+def mean_loss(loss_sum, iterations, step):
+    """The mean of the latest `iterations` losses, up to iteration `step`, over all processes; waits
+    for the device. Ends the run where it is not finite, which process 0 tells."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1:
         dist.all_reduce(loss_sum)
-    loss = loss_sum.item() / (step - first) / world
+    loss = loss_sum.item() / iterations / world
     if not math.isfinite(loss):
-        sys.exit(1 if rank > 0 else f"train.py: the loss of iterations {first + 1} to {step} is "
-                 f"{loss}: start again with a lower --lr and another --out")
+        sys.exit(1 if rank > 0 else f"train.py: the loss of iterations {step - iterations + 1} to "
+                 f"{step} is {loss}: start again with a lower --lr and another --out")
     return loss
 
 
@@ -158,20 +164,19 @@ def best_miou(history):
 
 
 def validate(net, val_set, device, args, picture):
-    """Score `net` in all processes, which all must call this. Process 0 prints the table and draws
-    a picture, photographs, truth and predictions of six images that are far apart."""
+    """Score `net` in all processes, which all must call this. Process 0, which has a path for the
+    `picture`, prints the table and draws photographs, truth and predictions, six far apart."""
     if dist.is_initialized():  # without SyncBatchNorm each process has statistics of its own
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
-    matrix = evaluate(net, val_set, device, args.precision, args.workers)
+    matrix = evaluate(net, val_set, device, args.workers, precision=args.precision)
     scores = scores_of(matrix, val_set.classes)
     if picture:
         print(f"\n{format_scores(scores)}", flush=True)
         rows = []
         for i in range(0, len(val_set), max(1, len(val_set) // 6))[:6]:
             image, label = val_set[i]
-            with autocast(device, args.precision):
-                prediction = predict(net, image.to(device)).cpu()
+            prediction = predict(net.eval(), image.to(device), args.precision).cpu()
             rows.append([photograph(image), colored(label, val_set.classes),
                          colored(prediction, val_set.classes)])
         save_sheet(picture, rows, val_set.classes)
@@ -183,8 +188,11 @@ def main():
     device, rank, world = this_process()
     args, recipe, departures = parse_args(device, world)
     out, last = Path(args.out), Path(args.out, "last.pt")
-    if rank > 0:  # waits for process 0, which looks for mistakes before it joins, and tells of them
+    if rank > 0:  # waits for process 0, which joins below when it has found no mistake so far
         dist.init_process_group()
+    elif out.exists() and not args.resume:
+        raise DataError(f"{out} exists already, perhaps with another run: type --resume to go on "
+                        "with it, or another --out")
 
     train_set, val_set = Cityscapes(args.data, "train", args.cache), Cityscapes(args.data, "val")
     classes = [entry.name for entry in val_set.classes]
@@ -195,37 +203,29 @@ def main():
     # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
     torch.manual_seed(args.seed)
     net = PSPNet(len(classes), args.backbone, args.bins)
-    resumed = read_run(last, recipe) if args.resume and last.exists() else None
-    if resumed:
-        net.load_state_dict(resumed["state_dict"])
-    elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
-        initialize(net, args, classes)
     if world > 1 and device.type != "cpu":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     step, history = 0, [{"event": "recipe", "step": 0, **recipe}]  # iterations done; all events
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        step, history = resumed["step"], resumed["history"]
+    if args.resume and last.exists():
+        step, history = restore(last, recipe, net, optimizer, scaler)
+    elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
+        initialize(net, args, classes)
 
     if rank == 0:
-        if out.exists() and not args.resume:
-            raise DataError(f"{out} exists already, perhaps with another run: type --resume to go "
-                            "on with it, or another --out")
         out.mkdir(parents=True, exist_ok=args.resume)
-        print(f"{world} x {device.type}: PSPNet with {args.backbone}, {len(classes)} classes, "
-              f"{len(train_set)} images to train on, {len(val_set)} to validate\n"
+        print(f"{world} x {device.type}, iterations {step} to {args.iters}, {len(classes)} classes, "
+              f"{len(train_set)} images to train on and {len(val_set)} to validate\n"
               f"departs from the reference in: {'; '.join(departures) or 'nothing'}", flush=True)
         if world > 1:
             dist.init_process_group()
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w")
+    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w")  # process 0 writes it
     print(*map(json.dumps, history), sep="\n", file=log, flush=True)
     model = torch.compile(net) if args.compile else net
     if world > 1:
-        model = DistributedDataParallel(model, [device] if device.type != "cpu" else None)
+        model = DistributedDataParallel(model)
     model.train()
 
     # Iteration i = 0, 1, ... has samples i * batch_size and following, process r every world-th.
@@ -234,14 +234,14 @@ def main():
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
                               num_workers=args.workers, pin_memory=device.type != "cpu"))
     loss_sum = torch.zeros((), device=device)
-    logged, since, waiting = step, time.perf_counter(), 0.0  # at the latest line of the log
+    logged, since, waited = step, time.perf_counter(), 0.0  # since the latest line of the log
     bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
                mininterval=0.1 if sys.stderr.isatty() else 30)
 
     while step < args.iters:
         before = time.perf_counter()
         image, label = next(batches)  # (B, 3, H, W), (B, H, W), uint8; B: of this process
-        waiting += time.perf_counter() - before
+        waited += time.perf_counter() - before
         image = image.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True).long()
         rate = poly_lr(step, args.iters, args.lr)
@@ -262,23 +262,23 @@ def main():
 
         validating = step % args.val_every == 0 or step == args.iters
         saving = step % args.save_every == 0 or validating
-        if step % 10 == 0 or saving:
-            mean_loss, seconds = read_loss(loss_sum, logged, step), time.perf_counter() - since
-            speed, waiting = (step - logged) * args.batch_size / seconds, waiting / seconds
-            history.append({"event": "train", "step": step, "loss": mean_loss, "lr": rate,
-                            "images_per_second": speed, "waiting": waiting})
-            print(json.dumps(history[-1]), file=log, flush=True)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {rate:.2g}, {speed:.1f} images/s, "
-                                f"{waiting:.0%} waiting for data", refresh=False)
-            bar.update(step - bar.n)
-            loss_sum.zero_()
-            logged, since, waiting = step, time.perf_counter(), 0.0
+        if step % 10 and not saving:
+            continue
+        iterations = step - logged
+        loss = mean_loss(loss_sum, iterations, step)
+        seconds = time.perf_counter() - since
+        history.append({"event": "train", "step": step, "lr": rate, "loss": loss,
+                        "images_per_second": iterations * args.batch_size / seconds,
+                        "waiting": waited / seconds})
+        print(json.dumps(history[-1]), file=log, flush=True)
+        bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2g}, {images_per_second:.1f} images/s, "
+                            "{waiting:.0%} waiting for data".format(**history[-1]), refresh=False)
+        bar.update(iterations)
         if validating:
             picture = out / f"val_{step:06}.png" if rank == 0 else None
             scores = validate(net, val_set, device, args, picture)
             history.append({"event": "validation", "step": step, **scores})
             print(json.dumps(history[-1]), file=log, flush=True)
-            since = time.perf_counter()
         if saving and rank == 0:
             checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
                           "classes": classes, "optimizer": optimizer.state_dict(),
@@ -288,16 +288,21 @@ def main():
             if validating and scores["miou"] == best_miou(history):
                 save_whole(checkpoint, out / "best.pt", out / "best.pt.tmp")
             save_whole(checkpoint, last, out / "last.pt.tmp")
+        loss_sum.zero_()
+        logged, since, waited = step, time.perf_counter(), 0.0
+
     bar.close()
     if rank == 0:
-        print(f"the best mIoU, {100 * best_miou(history):.2f} %, is that of {out / 'best.pt'}")
+        print(f"best mIoU {100 * best_miou(history):.2f} %: {out}/best.pt; photographs, truth and "
+              f"predictions: {out}/val_{step:06}.png; for a photograph of yours type\n"
+              f"python evaluate.py --ckpt {out}/best.pt --images PHOTO --save-color predictions")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to repeat sums
-    torch.use_deterministic_algorithms(True, warn_only=True)  # so that runs repeat
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may not repeat itself
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that runs repeat where they can
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
     sys.stdout.reconfigure(errors="backslashreplace")  # for names in another encoding
     try:

@@ -1,482 +1,250 @@
 """Speed, memory and repeatability, on a GPU or a CPU; pytest does not collect this.
 
-    python tests/bench.py train              # training steps, each setting: images/s, peak memory
-    python tests/bench.py eval               # predictions of images of twice the crop, 1024x2048
-    python tests/bench.py profile            # where the time of a step in bf16 goes: a table
-    python tests/bench.py loader --data DIR  # images/s that the cores make, from PNG and the cache
-    python tests/bench.py bytes --data DIR   # are two runs, and a resumed one, the same bytes?
-    python tests/bench.py learn --data DIR --iters 4000  # scores of whole runs, several seeds
+    python tests/bench.py train              # a training step: ms, images/s, memory on CUDA
+    python tests/bench.py eval               # the prediction of an image of twice the crop
+    python tests/bench.py loader --data DIR  # training samples: ms on one core, images/s of all
+    python tests/bench.py bytes --data DIR   # are two runs, and one killed and resumed, the same?
+    python tests/bench.py learn --data DIR   # scores of whole runs of train.py, several seeds
 
-Several can be given at once; all but the table are lines of JSON. With mmsegmentation 1.2.2,
-mmengine 0.10.7 and mmcv-lite 2.1.0 installed, `train`, `eval` and `learn` measure its network as
-well. On a CPU `train` and `eval` measure float32 alone, and --crop 256 512 --batch-size 2 is
-enough. Convolutions in "fp32" use TF32 on a GPU, as is PyTorch's default.
+Results are lines of JSON. Where mmsegmentation is installed its network is measured as well (pip
+install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import).
 """
-
-import argparse
-import hashlib
-import importlib.machinery
 import importlib.util
-import itertools
 import json
-import multiprocessing
+import logging
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import mean, median
+from unittest.mock import MagicMock
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 TESTS = Path(__file__).resolve().parent
-SCRIPTS = TESTS.parent
-sys.path.insert(0, str(SCRIPTS))
-
-from cityscapes import Cityscapes, TrainingStream  # noqa: E402
-from evaluate import predict  # noqa: E402
-from pspnet import PSPNet, count_gflops, read_checkpoint  # noqa: E402
+sys.path.insert(0, str(TESTS.parent))
+import pspnet  # noqa: E402
+from cityscapes import Cityscapes, TrainingStream, read_pair  # noqa: E402
+from evaluate import autocast, predict  # noqa: E402
 from train import segmentation_loss  # noqa: E402
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as train.py; before cuBLAS starts
+TRAIN = TESTS.parent / "train.py"
+TRAIN_THEIRS = f"""import runpy, sys
+sys.path.insert(0, {str(TESTS)!r})
+import bench
+bench.pspnet.PSPNet = bench.TheirNet
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")"""
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-ON_CPU = DEVICE.type == "cpu"
-LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
-WITH_MMSEGMENTATION = importlib.util.find_spec("mmseg") is not None
+MMSEGMENTATION = importlib.util.find_spec("mmseg") is not None
 
 
 def emit(**values):
     print(json.dumps(values), flush=True)
 
 
-def synchronize():
-    if not ON_CPU:
-        torch.accelerator.synchronize()
-
-
-def timed(build, images, seconds=6.0):
-    """Time of build()(), which takes `images` images, over about `seconds`, after three calls to
-    warm up; peak of the memory in use in GiB, on a GPU."""
-    work = build()
-    for _ in range(3):
-        work()
-    synchronize()
-    if not ON_CPU:
-        torch.accelerator.reset_peak_memory_stats()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        for _ in range(3):
-            work()
-        calls += 3
-        synchronize()
-    rate = images * calls / (time.perf_counter() - start)
-    peak = None if ON_CPU else round(torch.accelerator.max_memory_allocated() / 2**30, 2)
-    return {
-        "images_per_s": float(f"{rate:.4g}"),
-        "ms_per_call": round(1000 * images / rate, 2),
-        "peak_gib": peak,
-    }
-
-
-def matrix_product():
-    n = 1024 if ON_CPU else 8192
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return lambda: a @ b
-
-
-def describe_machine():
-    """The machine, and the rate of a product of matrices in bf16: TFLOP/s."""
-    emit(
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
-        cores=os.cpu_count(),
-        cudnn=torch.backends.cudnn.version(),
-        mmsegmentation=WITH_MMSEGMENTATION,
-    )
-    n = 1024 if ON_CPU else 8192
-    tflops = 2 * n**3 * timed(matrix_product, 1, seconds=2)["images_per_s"] / 1e12
-    emit(matrix_product_tflops=round(tflops, 2))
-    return tflops
-
-
-def compare(measure, builders, images, rounds):
-    """Measure the settings in turn, `rounds` times, each in a process of its own: so none leaves
-    the next its memory, its compiled code or cuDNN's choices. A setting that fails is a line too.
-    Last the medians, and how many times as fast as mmsegmentation in the same round."""
-    rates = {what: [] for what in builders}
-    for _ in range(rounds):
-        for what, build in builders.items():
-            try:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    result = pool.submit(timed, build, images).result()
-            except Exception as error:
-                result = {"error": f"{type(error).__name__}: {error}"[:500]}
-            emit(measure=measure, setting=what, **result)
-            rates[what].append(result.get("images_per_s", np.nan))
-    for what, values in rates.items():
-        times = {
-            f"times {other}": round(np.nanmedian(np.divide(values, rates[other])), 2)
-            for other in rates
-            if "mmsegmentation" in other
-        }
-        emit(measure=measure, setting=what, median_images_per_s=np.nanmedian(values), **times)
-
-
-# Ours ---------------------------------------------------------------------------------------------
-
-
-def our_step(
-    args, precision, channels_last, compiled, textbook=False, deterministic=True, autotuned=False
-):
-    """One training step as in train.py, the data on the device already."""
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = autotuned
-    net = PSPNet(backbone=args.backbone).to(DEVICE, memory_format=LAYOUTS[channels_last])
-    if textbook:  # the head as the paper draws it
+def our_work(args, training, precision, variant, images, labels):
+    """A function that does one step of train.py, or one prediction of evaluate.py."""
+    layout = torch.contiguous_format if variant == "default layout" else torch.channels_last
+    net = pspnet.PSPNet(backbone=args.backbone).to(DEVICE, memory_format=layout).train(training)
+    if variant == "textbook's head":
         net.decode_head.forward = net.decode_head.textbook_forward
-    net.train()
-    model = torch.compile(net) if compiled else net
+    if not training:
+        return partial(autocast(DEVICE, precision)(predict), net, images[0])
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    model = torch.compile(net) if variant == "compiled" else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    image = torch.randint(256, (args.batch_size, 3, *args.crop), dtype=torch.uint8, device=DEVICE)
-    label = torch.randint(19, (args.batch_size, *args.crop), device=DEVICE)
 
     def step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits, aux_logits = model(image)
-            loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
+        with autocast(DEVICE, precision):
+            logits, aux_logits = model(images)
+            loss = segmentation_loss(logits, labels) + 0.4 * segmentation_loss(aux_logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
     return step
-
-
-def large_image(args):
-    size = [2 * length for length in args.crop]
-    return torch.randint(256, (3, *size), dtype=torch.uint8, device=DEVICE)
-
-
-def our_prediction(args, precision, channels_last):
-    """evaluate.py's prediction of one whole image, which is on the device already."""
-    net = PSPNet(backbone=args.backbone).eval().to(DEVICE, memory_format=LAYOUTS[channels_last])
-    image = large_image(args)
-
-    def work():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            predict(net, image)
-
-    return work
-
-
-# mmsegmentation -----------------------------------------------------------------------------------
-
-
-def mmsegmentation(backbone):
-    """Its config for one of our backbones. Its SyncBN is batch norm where there is one process. A
-    stand-in takes the place of mmcv's compiled extension, which PSPNet never calls."""
-
-    def missing(name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **options: None
-
-    stub = types.ModuleType("mmcv._ext")
-    stub.__getattr__ = missing
-    stub.__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)
-    sys.modules.setdefault("mmcv._ext", stub)
-    import mmseg
-    from mmengine.config import Config
-    from mmseg.utils import register_all_modules
-
-    register_all_modules(init_default_scope=True)
-    folder = Path(mmseg.__file__).parent / ".mim/configs/pspnet"
-    depth, _, v1c = backbone.removeprefix("resnet").partition("_")
-    pattern = f"pspnet_r{depth}{'' if v1c else 'b'}-d8_4xb2-*k_cityscapes-512x1024.py"
-    config = Config.fromfile(min(folder.glob(pattern)))  # 40k before 80k, which differ in that
-    config.model.pretrained = config.model.backbone.init_cfg = None
-    return config
-
-
-def their_step(args, amp):
-    """One training step as mmengine's loop does it, images as bytes on the device already."""
-    config = mmsegmentation(args.backbone)
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.structures import PixelData
-    from mmseg.registry import MODELS
-    from mmseg.structures import SegDataSample
-
-    torch.backends.cudnn.benchmark = True  # its default_runtime.py
-    config.model.data_preprocessor.size = tuple(args.crop)
-    model = MODELS.build(config.model).to(DEVICE).train()
-    wrapper = dict(config.optim_wrapper)
-    if amp:
-        wrapper |= {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}
-    optimizer = build_optim_wrapper(model, wrapper)
-    shape = (args.batch_size, 3, *args.crop)
-    images = list(torch.randint(256, shape, dtype=torch.uint8, device=DEVICE))
-    labels = torch.randint(19, (args.batch_size, 1, *args.crop), device=DEVICE)
-
-    def step():
-        samples = []
-        for label in labels:
-            sample = SegDataSample()
-            sample.gt_sem_seg = PixelData(data=label)
-            samples.append(sample)
-        model.train_step({"inputs": list(images), "data_samples": samples}, optimizer)
-
-    return step
-
-
-def their_prediction(args):
-    """The prediction of one whole image by mmengine's test loop."""
-    config = mmsegmentation(args.backbone)
-    from mmseg.registry import MODELS
-    from mmseg.structures import SegDataSample
-
-    torch.backends.cudnn.benchmark = True  # its default_runtime.py
-    model = MODELS.build(config.model).to(DEVICE).eval()
-    image = large_image(args)
-    size = image.shape[1:]
-    sample = SegDataSample(
-        metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4}
-    )
-
-    def work():
-        with torch.no_grad():
-            model.test_step({"inputs": [image], "data_samples": [sample]})
-
-    return work
 
 
 class TheirNet(torch.nn.Module):
-    """mmsegmentation's PSPNet, called as train.py and evaluate.py call ours."""
-
-    def __init__(self, num_classes, backbone):
+    """mmsegmentation's PSPNet, to be called as ours is; its SyncBN is plain in one process."""
+    def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
-        config = mmsegmentation(backbone)
-        from mmseg.registry import MODELS
-
-        self.num_classes, self.backbone_name = num_classes, backbone
-        self.model = MODELS.build(config.model)
-        self.model.init_weights()
+        self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
+        sys.modules.setdefault("mmcv._ext", MagicMock())  # compiled code, which it never calls
+        import mmseg.utils
+        from mmengine.config import Config
+        logging.disable(logging.INFO)
+        mmseg.utils.register_all_modules()
+        variant = f"{backbone.removeprefix('resnet')}b".replace("_v1cb", "")  # say, 50 or 50b
+        name = f"pspnet_r{variant}-d8_4xb2-*k_cityscapes-512x1024.py"
+        files = Path(mmseg.__file__).parent.glob(f".mim/configs/pspnet/{name}")
+        self.config = Config.fromfile(min(files))  # 40k before 80k, which differ in that alone
+        model = self.config.model
+        model.pretrained = model.backbone.init_cfg = None  # no ImageNet weights
+        model.decode_head.pool_scales = bins
+        model.decode_head.num_classes = model.auxiliary_head.num_classes = num_classes
+        self.net = mmseg.registry.MODELS.build(model)
+        self.net.init_weights()
 
     def forward(self, images):
-        preprocessor = self.model.data_preprocessor
-        features = self.model.extract_feat((images - preprocessor.mean) / preprocessor.std)
-        heads = [self.model.decode_head, self.model.auxiliary_head][: 1 + self.training]
-        # Stretched in the precision of the head, as there.
-        logits = [
-            F.interpolate(head(features), images.shape[2:], mode="bilinear") for head in heads
-        ]
-        return (*map(torch.Tensor.float, logits), None)[:2]
+        preprocessor, size = self.net.data_preprocessor, images.shape[2:]
+        features = self.net.extract_feat((images - preprocessor.mean) / preprocessor.std)
+        heads = [self.net.decode_head] + [self.net.auxiliary_head] * self.training
+        scores = [interpolate(head(features), size, mode="bilinear").float() for head in heads]
+        return (*scores, None)[:2]
 
 
-def train_theirs():
-    """train.py on the same command line, with mmsegmentation's network in the place of ours."""
-    import train
-
-    train.PSPNet = TheirNet
-    train.run(train.main, "lower --batch-size")
-
-
-# What can be measured -----------------------------------------------------------------------------
-
-
-def bench_train(args, tflops):
-    with torch.device("meta"):
-        net = PSPNet(backbone=args.backbone)
-    gflops = count_gflops(net, (2, 3, *args.crop), training=True) / 2
-    emit(
-        gflops_per_image=round(gflops), images_per_s_at_matrix_rate=round(1000 * tflops / gflops, 1)
-    )
-    layouts = {
-        "fp32": ("fp32", False),
-        "bf16": ("bf16", False),
-        "bf16, channels last": ("bf16", True),
-    }
-    if ON_CPU:
-        layouts = {"fp32": ("fp32", False)}
-    settings = {what: partial(our_step, args, *layout, False) for what, layout in layouts.items()}
-    best, layout = list(layouts.items())[-1]
-    if args.compile:
-        best += ", compiled"
-        settings[best] = partial(our_step, args, *layout, True)
-    settings |= {
-        f"{best}, textbook's head": partial(settings[best], textbook=True),
-        f"{best}, not deterministic": partial(settings[best], deterministic=False),
-    }
-    if not ON_CPU:
-        settings[f"{best}, not deterministic, cuDNN autotuned"] = partial(
-            settings[best], deterministic=False, autotuned=True
-        )
-    if WITH_MMSEGMENTATION:
-        settings["mmsegmentation as it ships"] = partial(their_step, args, amp=False)
-        if not ON_CPU:
-            settings["mmsegmentation's AMP"] = partial(their_step, args, amp=True)
-    compare("train", settings, args.batch_size, args.rounds)
+def their_work(args, training, precision, variant, images, labels):
+    """A function that does one step of mmengine's training loop, or of its test loop."""
+    whole = TheirNet(backbone=args.backbone)
+    import mmengine
+    import mmseg
+    torch.backends.cudnn.benchmark = True  # as in its default_runtime.py
+    net, optimizer = whole.net.to(DEVICE).train(training), whole.config.optim_wrapper
+    net.data_preprocessor.size = size = images.shape[2:]
+    sizes = {"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4}
+    fields = [mmengine.structures.PixelData(data=label[None]) for label in labels]
+    samples = [mmseg.structures.SegDataSample(gt_sem_seg=field, metainfo=sizes) for field in fields]
+    batch = {"inputs": list(images), "data_samples": samples}
+    if not training:
+        return partial(torch.no_grad()(autocast(DEVICE, precision)(net.test_step)), batch)
+    optimizer |= {"type": "AmpOptimWrapper", "dtype": "bfloat16"} if precision == "bf16" else {}
+    return partial(net.train_step, batch, mmengine.optim.build_optim_wrapper(net, optimizer))
 
 
-def bench_eval(args, _):
-    ours = partial(our_prediction, args)
-    settings = {"fp32": partial(ours, "fp32", False)}
-    if not ON_CPU:
-        settings |= {
-            "fp32, channels last": partial(ours, "fp32", True),
-            "bf16, channels last": partial(ours, "bf16", True),
-        }
-    if WITH_MMSEGMENTATION:
-        settings["mmsegmentation's test_step"] = partial(their_prediction, args)
-    compare("eval", settings, 1, args.rounds)
+def timed(args, training, precision, variant):
+    """What one setting takes, after three calls that do not count; peak_gib is 0 without CUDA."""
+    batch_size, scale = (args.batch_size, 1) if training else (1, 2)
+    size = [scale * length for length in args.crop]
+    images = torch.randint(256, (batch_size, 3, *size), dtype=torch.uint8, device=DEVICE)
+    labels = torch.randint(19, (batch_size, *size), device=DEVICE)
+    function = their_work if variant == "mmsegmentation" else our_work
+    work = function(args, training, precision, variant, images, labels)
+    for call in range(3 + args.calls):
+        if call == 3:
+            torch.get_device_module(DEVICE).synchronize()
+            start = time.perf_counter()
+        work()
+    torch.get_device_module(DEVICE).synchronize()
+    seconds = (time.perf_counter() - start) / args.calls
+    return {"ms": 1000 * seconds, "images_per_s": batch_size / seconds,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def bench_profile(args, _):
-    step = our_step(args, "bf16", not ON_CPU, args.compile)
-    for _ in range(3):
-        step()
-    synchronize()
-    with torch.profiler.profile() as profile:
-        step()
-        synchronize()
-    kind = "cpu" if ON_CPU else "device"
-    print(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=25))
+def bench_net(args, training):
+    """Time the settings in turn, --rounds times, each in a process of its own, so that none leaves
+    the next its memory or compiled code. Last the medians, also of ratios within a round."""
+    references = ["textbook's head"] + ["mmsegmentation"] * MMSEGMENTATION
+    variants = ["ours", "default layout"] + ["compiled"] * (args.compile and training) + references
+    precisions = ["fp32"] if DEVICE.type == "cpu" else ["fp32", "bf16"]
+    times = {setting: [] for setting in product(precisions, variants)}
+    for setting in list(times) * args.rounds:
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+            result = pool.submit(timed, args, training, *setting).result()
+        emit(setting=setting, **result)
+        times[setting].append(result["ms"])
+    for (precision, variant), values in times.items():
+        ratios = {f"to {name}": median(a / b for a, b in zip(values, times[precision, name]))
+                  for name in references}
+        emit(setting=(precision, variant), median_ms=median(values), **ratios)
 
 
-def bench_loader(args, _):
+def bench_loader(args):
     with tempfile.TemporaryDirectory() as cache:
-        plain, cached = (
-            TrainingStream(Cityscapes(args.data, "train", folder), args.crop)
-            for folder in (None, cache)
-        )
-        cores = os.cpu_count()
-        # The first pass reads the PNGs from the disk and fills the cache; it is not counted.
-        samples = range(min(len(cached.dataset), 5 * max(4, cores) * args.batch_size))
-        for _ in DataLoader(cached, batch_size=None, sampler=samples, num_workers=cores):
-            pass
-        for what, stream in (("from PNG", plain), ("from the cache", cached)):
-            for workers in sorted({1, 2, cores // 2, cores} - {0}):
-                # While the first batch is made every worker makes one: these don't count.
-                samples = range(5 * max(4, workers) * args.batch_size)
-                batches = DataLoader(stream, args.batch_size, sampler=samples, num_workers=workers)
-                images = 0
-                for i, (image, _) in enumerate(batches):
-                    images += len(image)
-                    if i + 1 == workers:
-                        start, images = time.perf_counter(), 0
-                rate = images / (time.perf_counter() - start)
-                emit(measure="loader", setting=what, workers=workers, images_per_s=round(rate, 1))
+        png, cached = (TrainingStream(Cityscapes(args.data, "train", folder), args.crop)
+                       for folder in (None, cache))
+        png.dataset.names = cached.dataset.names = cached.dataset.names[:100]
+        list(cached.dataset)  # fills the cache; the system has the files in memory now
+        works = {"decoding alone": lambda k: read_pair(*png.dataset.paths(png.index(k))),
+                 "sample": png.__getitem__, "cached sample": cached.__getitem__}
+        times = {name: [] for name in works}
+        torch.set_num_threads(1)
+        for k, name in product(range(24), works):
+            start = time.perf_counter()
+            works[name](k)
+            times[name].append(1000 * (time.perf_counter() - start))
+        for name, values in times.items():
+            ratio = median(values) / median(times["decoding alone"])
+            emit(on_one_core=name, median_ms=median(values), to_decoding=ratio)
+        for workers, stream in product(sorted({1, 2, os.cpu_count()}), (png, cached)):
+            order = range(10 * workers * args.batch_size)
+            loader = DataLoader(stream, args.batch_size, sampler=order, num_workers=workers,
+                                persistent_workers=True)
+            for _ in range(2):  # the first time the workers have to start
+                start = time.perf_counter()
+                rate = sum(len(image) for image, _ in loader) / (time.perf_counter() - start)
+            emit(workers=workers, from_cache=stream is cached, images_per_s=rate)
 
 
-def options_of(args, out):
-    """What train.py is told in `bytes` and `learn`."""
-    height, width = map(str, args.crop)
-    return [
-        *("--data", args.data, "--out", str(out), "--backbone", args.backbone, "--weights", "none"),
-        *("--crop", height, width, "--batch-size", str(args.batch_size)),
-        *("--iters", str(args.iters), "--val-every", str(args.iters)),
-        *("--save-every", str(max(1, args.iters // 4))),
-    ]
+def training_command(args, out, *options, program=(TRAIN,)):
+    return [sys.executable, *program, "--data", args.data, "--out", out, "--weights", "none",
+            "--backbone", args.backbone, "--crop", *map(str, args.crop),
+            "--batch-size", str(args.batch_size), "--iters", str(args.iters),
+            "--val-every", str(args.iters), "--save-every", str(max(1, args.iters // 4)), *options]
 
 
-def bench_bytes(args, _):
-    def start(out, *extra):
-        command = [sys.executable, SCRIPTS / "train.py", *options_of(args, out), *extra]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def digest(out, *extra):
-        assert start(out, *extra).wait() == 0
-        checkpoint = read_checkpoint(Path(out, "last.pt"))
-        momenta = [s["momentum_buffer"] for s in checkpoint["optimizer"]["state"].values()]
-        tensors = [*checkpoint["state_dict"].values(), *momenta]
-        content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
-        return hashlib.sha256(content).hexdigest()[:16]
-
+def bench_bytes(args):
+    contents = []
     with tempfile.TemporaryDirectory() as folder:
-        since = time.perf_counter()
-        first = digest(f"{folder}/a")
-        seconds = time.perf_counter() - since
-        second = digest(f"{folder}/b")
-        # The third is stopped at its first checkpoint and resumed.
-        process = start(f"{folder}/c")
-        while not Path(folder, "c/last.pt").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.terminate()
-        process.wait()
-        resumed_from = read_checkpoint(Path(folder, "c/last.pt"))["step"]
-        third = digest(f"{folder}/c", "--resume")
-    emit(
-        measure="bytes",
-        iterations=args.iters,
-        seconds=round(seconds, 1),
-        first=first,
-        second=second,
-        resumed_from=resumed_from,
-        resumed=third,
-        same=first == second == third and resumed_from < args.iters,
-    )
+        first, second, killed = (Path(folder, name) for name in ("first", "second", "killed"))
+        with subprocess.Popen(training_command(args, killed), stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (killed / "last.pt").exists():
+                time.sleep(0.05)
+            process.kill()
+        step = pspnet.read_checkpoint(killed / "last.pt")["step"]
+        for out in (first, second, killed):
+            subprocess.check_output(training_command(args, out, "--resume"))  # or from the start
+            checkpoint = pspnet.read_checkpoint(out / "last.pt")
+            states = checkpoint["optimizer"]["state"].values()
+            tensors = [*checkpoint["state_dict"].values(), *(s["momentum_buffer"] for s in states)]
+            contents.append(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+    emit(iters=args.iters, killed_after=step, same_bytes=len(set(contents)) == 1)
 
 
-def bench_learn(args, _):
-    """Whole runs of train.py, each network in each precision from each seed: scores and spread. A
-    run that is in --out already is gone on with."""
-    programs = {"ours": [SCRIPTS / "train.py"]}
-    if WITH_MMSEGMENTATION:
-        theirs = (
-            f"import sys; sys.path.insert(0, {str(TESTS)!r}); import bench; bench.train_theirs()"
-        )
-        programs["mmsegmentation"] = ["-c", theirs]
-    for network, precision in itertools.product(programs, args.precisions):
+def bench_learn(args):
+    networks = ["ours"] + ["mmsegmentation"] * MMSEGMENTATION
+    for network, precision in product(networks, args.precisions):
+        program = [TRAIN] if network == "ours" else ["-c", TRAIN_THEIRS]
         runs = []
         for seed in range(args.seeds):
-            height, width = args.crop
-            size = f"{args.backbone}_{height}x{width}_{args.batch_size}x{args.iters}"
-            out = Path(args.out, f"{network}_{size}_{precision}_{seed}")
-            options = [*options_of(args, out), "--precision", precision, "--seed", str(seed)]
-            resume = ["--resume"] if Path(out, "last.pt").exists() else []
-            command = [sys.executable, *programs[network], *options, *resume]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            *_, last = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-            runs.append({score: 100 * last[score] for score in ("miou", "pixel_accuracy")})
-            emit(measure="learn", network=network, precision=precision, seed=seed, **runs[-1])
+            out = Path(args.out, f"{network}-{precision}-{seed}")
+            options = ["--precision", precision, "--seed", str(seed)] + ["--resume"] * args.resume
+            subprocess.check_output(training_command(args, out, *options, program=program))
+            runs.append(json.loads((out / "log.jsonl").read_text().splitlines()[-1]))
         for score in ("miou", "pixel_accuracy"):
-            values = [run[score] for run in runs]
-            summary = {f.__name__: round(f(values), 2) for f in (statistics.mean, min, max)}
-            emit(measure="learn", network=network, precision=precision, percent=score, **summary)
+            values = [round(100 * run[score], 2) for run in runs]
+            emit(network=network, precision=precision, percent=score, mean=mean(values),
+                 min=min(values), max=max(values), runs=values)
 
-
-MEASUREMENTS = {
-    "train": bench_train,
-    "eval": bench_eval,
-    "profile": bench_profile,
-    "loader": bench_loader,
-    "bytes": bench_bytes,
-    "learn": bench_learn,
-}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    jobs = {"train": partial(bench_net, training=True), "loader": bench_loader,
+            "eval": partial(bench_net, training=False), "bytes": bench_bytes, "learn": bench_learn}
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=MEASUREMENTS, nargs="+")
-    add("--backbone", default="resnet50_v1c")
+    add("commands", choices=jobs, nargs="+")
+    add("--data", default="data/cityscapes", metavar="DIR")
+    add("--backbone", choices=pspnet.BACKBONES, default="resnet50_v1c")
+    add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"))
     add("--batch-size", type=int, default=8)
-    add("--crop", type=int, nargs=2, default=[512, 1024])
-    add("--rounds", type=int, default=3, help="of train and eval")
-    add("--compile", action="store_true", help="train and profile with torch.compile as well")
-    add("--data", default="data/cityscapes")
-    add("--iters", type=int, default=200, help="of bytes and learn")
-    add("--seeds", type=int, default=3, help="of learn: 0, 1, ...")
-    add("--precisions", nargs="+", default=["fp32", "bf16"], help="of learn")
-    add("--out", default="runs/learn", help="where learn keeps its runs")
-    arguments = parser.parse_args()
-    matrix_rate = describe_machine()
-    for name in arguments.what:
-        MEASUREMENTS[name](arguments, matrix_rate)
+    add("--rounds", type=int, default=3, help="of train and eval (3)")
+    add("--calls", type=int, default=10, help="steps or predictions timed in a round (10)")
+    add("--compile", action="store_true", help="train with torch.compile as well")
+    add("--iters", type=int, default=200, help="of the runs of bytes and learn (200)")
+    add("--seeds", type=int, default=3, help="how many runs of each kind learn makes (3)")
+    add("--precisions", nargs="+", default=["fp32", "bf16"], help="of learn (fp32 bf16)")
+    add("--out", default="runs/learn", metavar="DIR", help="where learn keeps its runs")
+    add("--resume", action="store_true", help="learn goes on with the runs in --out")
+    args = parser.parse_args()
+    for command in args.commands:
+        emit(command=command, torch=torch.__version__, cores=os.cpu_count(),
+             device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type)
+        jobs[command](args)

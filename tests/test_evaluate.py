@@ -132,8 +132,8 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
     assert result["miou"] == pytest.approx(sum(present) / len(present), abs=1e-12)
     assert 0 < len(present) < 19  # some are absent, which the table and the mean must show
     assert f"over {len(present)} of 19 classes" in process.stdout and "n/a" in process.stdout
-    assert "5 images of val, whole images, scales 1, no flip" in process.stdout
-    assert result["protocol"] == {"scales": [1.0], "flip": False, "tile": None, "precision": "fp32"}
+    assert "5 images of val, whole images, scales 1.0, no flip, fp32" in process.stdout
+    assert result["protocol"] == {"precision": "fp32", "scales": [1.0], "flip": False, "tile": None}
     assert sum(map(sum, result["confusion_matrix"])) == sum(
         np.isin(truth, IDS).sum() for truth in truths.values())
     for name, ids in saved.items():
@@ -231,21 +231,21 @@ def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
 
 
 def test_evaluate_predicts_by_the_protocol_and_the_script_names_it(
-        toy, checkpoint, run_here, monkeypatch):
+        toy, checkpoint, tmp_path, run_here, monkeypatch):
     def spy(net, image, **protocol):
         protocols.append(protocol)
         return predict(net, image, **protocol)
 
     protocols, net = [], evaluate.load_net(checkpoint)
-    protocol = {"scales": [0.5, 1.0], "flip": True, "tile": [48, 80]}
+    protocol = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [48, 80]}
     monkeypatch.setattr(evaluate, "predict", spy)
-    matrix = evaluate.evaluate(net, evaluate.Cityscapes(toy, "val"), torch.device("cpu"),
-                               workers=0, **protocol)
+    evaluate.evaluate(net, evaluate.Cityscapes(toy, "val"), torch.device("cpu"), 0, **protocol)
     assert protocols == [protocol] * 5
     process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --flip --tile 48 80 "
-                       "--scales 0.5 1 --workers 0")
-    assert process.stdout == (evaluate.format_scores(scores_of(matrix, CLASSES)) + "\n5 images of "
-                              "val, tiles of 48x80, scales 0.5 1, with flip\n")
+                       f"--scales 0.5 1 --workers 0 --precision bf16 --json {tmp_path}/a.json")
+    last_line = "5 images of val, tiles of 48x80, scales 0.5 1.0, with flip, bf16\n"
+    assert process.stdout.endswith(last_line)
+    assert json.loads((tmp_path / "a.json").read_text())["protocol"] == protocol
 
 
 # Photographs --------------------------------------------------------------------------------------
@@ -260,14 +260,15 @@ def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(checkpoint,
     picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
     picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")  # a name of another encoding
     (photos / "._rgb.png").write_bytes(b"a Mac's shadow of the file")
+    (photos / "rgb.xmp").write_text("what a program noted beside the photograph")
     (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
     (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
     process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/missing.jpg"
                          f" --save-color {tmp_path}/out --save-ids {tmp_path}/ids", processes=2)
     assert process.returncode == 1 and "Traceback" not in process.stderr.split("torch/dist")[0]
-    named = [line for line in process.stderr.splitlines() if line.startswith("evaluate.py: ")]
-    assert len(named) == 3
-    for word in ("broken.png", r"kaputt\udcfc.jpg", "missing.jpg"):
+    named = [line for line in process.stderr.splitlines() if line.startswith("cannot decode")]
+    assert len(named) == 4 and "evaluate.py: 4 files could not be read" in process.stderr
+    for word in ("broken.png", "rgb.xmp", r"kaputt\udcfc.jpg", "missing.jpg"):
         assert any(word in line for line in named), named
     sizes = {os.fsencode(path.stem): Image.open(path).size for path in (tmp_path / "ids").iterdir()}
     assert sizes == {b"rgb": (70, 40), b"photo": (33, 90), b"alpha": (70, 40),
@@ -290,11 +291,10 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, tmp_path / "eleven.pt")
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     (tmp_path / "file").touch()
-    for folder in ("empty", "again"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "again").mkdir()
     here = f"--ckpt {checkpoint} --data {toy}"
     wrong(f"--data {toy}", "--ckpt")
-    wrong(f"--ckpt {tmp_path}/none.pt --data {toy}", "no checkpoint file", "none.pt")
+    wrong(f"--ckpt {tmp_path}/none.pt --data {toy}", "No such file", "none.pt")
     wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "get it again")
     wrong(f"--ckpt {tmp_path}/eleven.pt --data {toy}", "11 classes", "19")
     wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "(bicycle, motorcycle", "(road, sidewalk")
@@ -304,7 +304,6 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"{here} --workers -1", "--workers")
     wrong(f"{here} --split test", "withheld", "--save-ids")
     wrong(f"--ckpt {checkpoint} --images {toy}", "--save-color")
-    wrong(f"--ckpt {checkpoint} --images {tmp_path}/empty --save-color {tmp_path}/x", "no files")
     wrong(f"{here} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b", "separate folders")
     wrong(f"{here} --save-ids {tmp_path}/file/ids", "file/ids")
     wrong(f"{here} --json {tmp_path}/none/scores.json", "--json", "no folder")
@@ -314,7 +313,7 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     (tmp_path / "again" / photograph.name).write_bytes(before)
     photographs = f"--ckpt {checkpoint} --images {photograph}"
     wrong(f"{photographs} {tmp_path}/again --save-ids {tmp_path}/x", "would both be saved as")
-    wrong(f"{photographs} --save-ids {photograph.parent}", "beside it")
+    wrong(f"{photographs} --save-ids {photograph.parent}", "overwrite")
     assert photograph.read_bytes() == before
     void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
     Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
@@ -328,7 +327,7 @@ def test_a_mistake_that_process_0_sees_is_told_once(toy, tmp_path):
     process = run_script(f"evaluate.py --ckpt {tmp_path}/none.pt --data {toy}", processes=2)
     assert process.returncode != 0  # torchrun's, which adds a report of its own
     told = [line for line in process.stderr.splitlines() if "evaluate.py: " in line]
-    assert told == [f"evaluate.py: there is no checkpoint file {tmp_path}/none.pt"]
+    assert len(told) == 1 and f"No such file or directory: '{tmp_path}/none.pt'" in told[0]
 
 
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):

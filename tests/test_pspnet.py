@@ -10,7 +10,6 @@ import torchvision
 from conftest import MMSEG
 from fill import fill_state_dict, make_input, make_label
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import pspnet
@@ -43,7 +42,7 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_parameters_and_float64_logits_of_all_six_variants_equal_mmsegmentations(variant):
+def test_names_parameters_logits_and_classes_of_all_six_variants_equal_mmsegmentations(variant):
     net, recorded = filled_net(variant), MMSEG["models"][variant]
     assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
         k: tuple(s) for k, s in recorded["keys"]}
@@ -54,18 +53,10 @@ def test_names_parameters_and_float64_logits_of_all_six_variants_equal_mmsegment
             stage3, stage4 = net.backbone(net.normalize(images_for(make_input(shape).double())))
             assert relative_error(net.decode_head(stage4), expected["head"]) < 1e-9
             assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
-
-
-@pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
-def test_float32_logits_and_classes_equal_mmsegmentations(variant):
-    net = filled_net(variant).eval()
-    for shape, expected in MMSEG["models"][variant]["eval"].items():
-        images = images_for(make_input(shape))
+    for shape, expected in recorded.get("eval", {}).items():  # of float32: but for ties the same
         with torch.no_grad():
-            head = net.decode_head(net.backbone(net.normalize(images))[1])
-            classes = net(images)[0].argmax(1)
-        assert relative_error(head, expected["head"]) < 1e-4
-        assert (classes == expected["argmax"]).float().mean() > 0.999  # the rest are ties
+            classes = net(images_for(make_input(shape).double()))[0].argmax(1)
+        assert (classes == expected["argmax"]).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
@@ -165,28 +156,6 @@ def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch
         assert (actual - expected).abs().max() <= 1e-11 * max(1, expected.abs().max())
 
 
-class OutputShapes(TorchDispatchMode):
-    """Notes the shapes of all tensors that operations return while it is entered."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        tensors = output if isinstance(output, tuple) else (output,)
-        self.shapes += [tuple(t.shape) for t in tensors if torch.is_tensor(t)]
-        return output
-
-
-def test_no_tensor_of_twice_the_features_channels_at_their_resolution():
-    head, x = PyramidHead(64, 5).eval(), torch.randn(1, 64, 24, 40)
-    for forward, expected in ((head.forward, False), (head.textbook_forward, True)):
-        with OutputShapes() as seen, torch.no_grad():
-            forward(x)
-        assert any(np.prod(shape) >= 128 * 24 * 40 for shape in seen.shapes) == expected
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_multiply_adds_are_at_most_four_fifths_of_the_textbooks(training, monkeypatch):
     with torch.device("meta"):
@@ -205,28 +174,6 @@ def test_exact_head_is_as_accurate_as_the_textbooks_in_bfloat16():
             exact_error = (head(x).float() - expected).pow(2).mean().sqrt()
             textbook_error = (head.textbook_forward(x).float() - expected).pow(2).mean().sqrt()
     assert exact_error < 1.2 * textbook_error
-
-
-@pytest.mark.parametrize(("bins", "size"), [(1, 7), (2, 7), (3, 64), (6, 64), (6, 5), (3, 256)])
-def test_pooling_matrix_holds_the_means_over_the_regions(bins, size):
-    """Region i goes from floor(i size / bins) to before ceil((i + 1) size / bins)."""
-    matrix = pspnet.pooling_matrix(bins, size, like=torch.zeros((), dtype=torch.float64))
-    expected = torch.zeros(bins, size, dtype=torch.float64)
-    for i in range(bins):
-        first, last = i * size // bins, -(-(i + 1) * size // bins)
-        expected[i, first:last] = 1 / (last - first)
-    assert (matrix[0, 0] - expected).abs().max() < 1e-14
-
-
-@pytest.mark.parametrize(("cells", "size"), [(1, 7), (2, 7), (6, 128), (6, 5), (16, 97)])
-def test_interpolation_matrix_falls_linearly_from_each_cell_to_its_neighbours(cells, size):
-    """The centre of position i lies at (i + 1/2) cells / size - 1/2, held within the cells."""
-    matrix = pspnet.interpolation_matrix(cells, size, like=torch.zeros((), dtype=torch.float64))
-    for i in range(size):
-        centre = min(max((i + 0.5) * cells / size - 0.5, 0), cells - 1)
-        for cell in range(cells):
-            expected = max(0.0, 1 - abs(centre - cell))
-            assert abs(matrix[0, 0, i, cell].item() - expected) < 1e-12
 
 
 def test_upsample_equals_interpolate():
@@ -381,8 +328,7 @@ def refused_files(folder):
     mmsegmentation_file(folder / "d32.pth", "resnet50", config="backbone=(strides=(1, 2, 2, 2))")
     mmsegmentation_file(folder / "769.pth", "resnet50_v1c", config="align_corners=True")
     expected = {name: words for name, (_, words) in contents.items()} | {
-        "nothing.pth": "there is no", ".": "there is no", "empty.pth": "get it again",
-        "text.pth": "get it again", "missing.pth": "names and shapes",
+        "empty.pth": "get it again", "text.pth": "get it again", "missing.pth": "names and shapes",
         "d32.pth": "strides=(1, 2, 2, 2)", "769.pth": "align_corners=True"}
     for whole in (good, legacy):
         for share in (0.1, 0.5, 0.999):
@@ -399,6 +345,9 @@ def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
         message = str(refusal.value)
         assert str(tmp_path / name) in message and expected in message, (name, message)
         assert "\n" not in message, name
+    for name in ("nothing.pth", "."):
+        with pytest.raises(OSError, match=str(tmp_path / name)):
+            load_net(tmp_path / name)
 
 
 def test_load_backbone_reads_a_classifiers_weights_and_refuses_anothers(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import MMSEG, run_script, words_of
 from fill import fill_state_dict, make_input, make_label
-from test_pspnet import images_for, relative_error
+from test_pspnet import images_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_cityscapes import draw_cityscapes
 
@@ -95,7 +95,7 @@ def test_no_operation_of_a_training_step_is_nondeterministic_on_cuda():
 
 
 def test_steps_of_sgd_equal_mmsegmentations():
-    """The first 8 of the 20 that were recorded, in float64, in which they agree to 1e-9."""
+    """20 of them, in float64."""
     recorded = MMSEG["sgd20"]["r18b-d8", "float64"]
     net = PSPNet(backbone="resnet18")
     net.load_state_dict(fill_state_dict(net.state_dict()))
@@ -146,8 +146,8 @@ def test_defaults_are_the_reference_recipe(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch_size", "processes", "device", "enough"), [
-    (1, 1, "cpu", 2), (4, 3, "cpu", 6), (2, 3, "cpu", 6), (3, 3, "cpu", 6), (6, 3, "cpu", None),
-    (3, 3, "cuda", None), (4, 3, "cuda", 6), (2, 1, "cuda", None)])
+    (1, 1, "cpu", 2), (4, 3, "cpu", 6), (3, 3, "cpu", 6), (6, 3, "cpu", None),
+    (3, 3, "cuda", None), (4, 3, "cuda", 3), (1, 1, "cuda", 2), (2, 1, "cuda", None)])
 def test_batches_that_processes_cannot_share_are_a_mistake(
         monkeypatch, capsys, batch_size, processes, device, enough):
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", str(batch_size)])
@@ -156,7 +156,8 @@ def test_batches_that_processes_cannot_share_are_a_mistake(
         return
     with pytest.raises(SystemExit):
         train.parse_args(torch.device(device), processes)
-    assert capsys.readouterr().err.endswith(f"type --batch-size {enough}\n")
+    words = f"a multiple of {processes}, the number of processes, and {enough} or more"
+    assert words in capsys.readouterr().err
 
 
 # The script ---------------------------------------------------------------------------------------
@@ -394,20 +395,11 @@ def test_coarse_labels_the_cache_and_half_precision_train(tmp_path, run_here, pr
     assert last["recipe"]["images"] == 7 and math.isfinite(last["history"][1]["loss"])
     assert all(value.dtype != torch.float16 and value.dtype != torch.bfloat16
                for value in last["state_dict"].values())
-    assert (last["scaler"] != {}) == (precision == "fp16")
-
-
-def test_half_precision_resumes_with_its_scale(toy, tmp_path, run_here):
-    """The scale of the gradients is in the checkpoint: it falls when they overflow, and so does not
-    start again from its first value."""
-    command = (f"train.py --data {toy} --out {tmp_path}/run {SMALL} --crop 16 16 --batch-size 2 "
-               "--iters 2 --precision fp16 --resume")
-    assert run_here(command).returncode == 0
-    checkpoint = read_checkpoint(tmp_path / "run/last.pt")
-    checkpoint["scaler"]["scale"] = 8.0
-    torch.save(checkpoint | {"step": 1}, tmp_path / "run/last.pt")
-    assert run_here(command).returncode == 0
-    assert read_checkpoint(tmp_path / "run/last.pt")["scaler"]["scale"] == 8.0
+    if precision == "fp16":  # the scale of the gradients is the checkpoint's, not a new one
+        last["scaler"]["scale"] = 8.0
+        torch.save(last | {"step": 3}, tmp_path / "run/last.pt")
+        assert run_here(command + "4 --resume").returncode == 0
+        assert read_checkpoint(tmp_path / "run/last.pt")["scaler"]["scale"] == 8.0
 
 
 def test_init_takes_all_weights_but_the_classifiers_of_other_classes(tmp_path, capsys):
@@ -451,10 +443,10 @@ def test_mistakes_end_with_one_sentence(toy, tmp_path, reference, mistake, monke
     wrong(f"--seed {2**64}", "--seed takes 0 to 8388607")
     wrong("--iters many", "--iters", "many")
     wrong("--backbone vgg", "--backbone", "vgg", "resnet50_v1c")
-    wrong("--batch-size 1", "--batch-size 2")
+    wrong("--batch-size 1", "--batch-size must be", "2 or more")
     wrong("--weights imagenet", "cannot download", "resnet18-f37072fd.pth", "--weights FILE")
-    wrong(f"--weights {tmp_path}/none.pth", "no checkpoint file", "none.pth")
-    wrong(f"--init {tmp_path}/none.pt", "no checkpoint file", "none.pt")
+    wrong(f"--weights {tmp_path}/none.pth", "No such file", "none.pth")
+    wrong(f"--init {tmp_path}/none.pt", "No such file", "none.pt")
     wrong(f"--cache {tmp_path}/file", f"{tmp_path}/file")
     wrong("", f"{tmp_path}/file", out=tmp_path / "file/run")
     wrong(ITERATIONS, "exists already", "--resume", "--out", out=reference[0])

@@ -1,9 +1,8 @@
 """Draw toy street scenes in the layout of Cityscapes, so that everything can be tried without the
 data set. The same arguments always give the same files.
 
-    python tests/toy_cityscapes.py data/toy          # 64 training and 16 validation scenes, 128x256
+    python tests/toy_cityscapes.py data/toy          # 96 training and 16 validation scenes, 160x320
 """
-
 import argparse
 from pathlib import Path
 
@@ -11,112 +10,150 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # Label ids of Cityscapes
-SKY, BUILDING, ROAD, SIDEWALK, CAR = 23, 11, 7, 8, 26
-POLE, SIGN, VEGETATION, PERSON, EGO = 17, 20, 21, 24, 1
+ROAD, SIDEWALK, BUILDING, POLE, SIGN = 7, 8, 11, 17, 20
+VEGETATION, SKY, PERSON, CAR = 21, 23, 24, 26
+
+
+class Canvas:
+    """A photograph and its label ids, which get the same shapes. Coordinates are in units, from the
+    point of the latest move_to, x to the right and y upwards. A canvas is 128 units high."""
+
+    def __init__(self, random, height, width):
+        self.random, self.height, self.width = random, height, width
+        # Twice the size that is wanted: `finish` makes the edges smooth.
+        self.photograph = Image.new("RGB", (2 * width, 2 * height))
+        self.ids = Image.new("L", (2 * width, 2 * height))
+        self.move_to(0, 0)
+
+    def move_to(self, x, y, size=1.0):
+        """Make x, y, from the lower left corner, the point (0, 0), and draw `size` times as big."""
+        self.x, self.y, self.size = x, y, size
+
+    def shade(self, *colors):
+        """A color near one of these, each red, green and blue."""
+        color = colors[self.random.integers(len(colors))] + self.random.integers(-10, 11, 3)
+        return tuple(int(value) for value in color.clip(0, 255))
+
+    def draw(self, label, color, shape, *corners):
+        """Draw a "polygon" of the corners x, y, x, y, ..., or a "rectangle" or "ellipse" that
+        reaches from the left and top to the right and bottom."""
+        corners = np.array(corners).reshape(-1, 2) * self.size + (self.x, self.y)
+        pixels = (corners * (1, -1) + (0, 128)) * (2 * self.height / 128)
+        for picture, fill in ((self.photograph, color), (self.ids, label)):
+            getattr(ImageDraw.Draw(picture), shape)(pixels.flatten().tolist(), fill=fill)
+
+    def finish(self):
+        """The photograph (H, W, 3), in some light and with noise, and the ids (H, W), uint8."""
+        pixels = np.array(self.photograph.reduce(2))
+        light, noise = self.random.uniform(0.85, 1.1), self.random.normal(0, 3, pixels.shape)
+        return (light * pixels + noise).clip(0, 255).astype(np.uint8), np.array(self.ids)[::2, ::2]
+
+
+def draw_house(canvas):
+    wall, top = canvas.shade((190, 110, 85), (215, 180, 140)), canvas.random.uniform(25, 42)
+    canvas.draw(BUILDING, wall, "rectangle", 0, top, 40, 0)
+    canvas.draw(BUILDING, canvas.shade((130, 70, 60)), "polygon", -2, top, 20, top + 14, 42, top)
+    for x in (5, 17, 29):  # windows
+        for y in np.arange(top - 4, 9, -12):
+            canvas.draw(BUILDING, (250, 235, 190), "rectangle", x, y, x + 6, y - 7)
+
+
+def draw_tree(canvas):
+    canvas.draw(VEGETATION, (95, 75, 40), "rectangle", -3, 26, 3, 0)
+    crown = canvas.shade((60, 145, 55))
+    for x, y, r in (-9, 33, 13), (9, 33, 13), (0, 47, 15):
+        canvas.draw(VEGETATION, crown, "ellipse", x - r, y + r, x + r, y - r)
+
+
+def draw_post(canvas):
+    """A post with a traffic sign or a lantern."""
+    iron = canvas.shade((35, 40, 40))
+    canvas.draw(POLE, iron, "rectangle", -5, 62, 5, 0)
+    if canvas.random.random() < 0.7:
+        canvas.draw(SIGN, (250, 250, 240), "polygon", 0, 76, 15, 61, 0, 46, -15, 61)
+        canvas.draw(SIGN, (245, 205, 20), "polygon", 0, 73, 12, 61, 0, 49, -12, 61)
+    else:
+        canvas.draw(POLE, iron, "polygon", -8, 58, 8, 58, 12, 76, 0, 83, -12, 76)
+        canvas.draw(POLE, (255, 235, 170), "polygon", -4, 62, 4, 62, 6, 73, -6, 73)
+
+
+def draw_person(canvas):
+    canvas.draw(PERSON, (75, 35, 90), "rectangle", -6, 14, 6, 0)
+    coat = canvas.shade((190, 40, 150), (130, 50, 180), (225, 80, 170))
+    canvas.draw(PERSON, coat, "polygon", -13, 8, -8, 38, 8, 38, 13, 8)
+    canvas.draw(PERSON, (240, 190, 160), "ellipse", -8, 52, 8, 36)
+
+
+def draw_car(canvas):
+    paint = canvas.shade((200, 30, 35), (30, 70, 190), (20, 140, 150))
+    canvas.draw(CAR, paint, "polygon", -20, 20, -13, 36, 13, 36, 20, 20)
+    canvas.draw(CAR, (190, 225, 240), "polygon", -16, 21, -11, 32, 11, 32, 16, 21)
+    canvas.draw(CAR, paint, "rectangle", -25, 21, 25, 3)
+    for x in (-17, 17):
+        canvas.draw(CAR, (20, 20, 25), "rectangle", x - 5, 5, x + 5, 0)
+        canvas.draw(CAR, (255, 245, 200), "ellipse", x - 4, 17, x + 4, 9)
 
 
 def draw_scene(random, height, width):
     """A photograph (H, W, 3) and its label ids (H, W), uint8, drawn with the numpy generator."""
-    photograph, ids = Image.new("RGB", (width, height)), Image.new("L", (width, height), SKY)
-    pens = ImageDraw.Draw(photograph), ImageDraw.Draw(ids)
-    unit = height / 128  # the scene is laid out for 128 rows
+    canvas, right, horizon = Canvas(random, height, width), 128 * width / height, 72
+    canvas.draw(SKY, canvas.shade((140, 195, 240)), "rectangle", 0, 128, right, 0)
+    for x in random.uniform(0, right, 3):  # clouds
+        canvas.move_to(x, random.uniform(100, 125))
+        for shift in (-9, 0, 9):
+            canvas.draw(SKY, (235, 243, 250), "ellipse", shift - 11, 5, shift + 11, -5)
+    for x in np.arange(random.uniform(-40, 0), right, 40):  # houses, with gaps
+        canvas.move_to(x, horizon - 2)
+        if random.random() < 0.85:
+            draw_house(canvas)
+    canvas.move_to(0, 0)
+    canvas.draw(SIDEWALK, canvas.shade((222, 210, 195)), "rectangle", 0, horizon, right, 0)
+    middle, far, near = right * random.uniform(0.4, 0.6), 26, 0.3 * right
+    canvas.draw(ROAD, canvas.shade((105, 105, 112)), "polygon", middle - far, horizon,
+                middle + far, horizon, middle + near, 0, middle - near, 0)
+    for y in range(5, horizon, 15):  # lane markings
+        canvas.draw(ROAD, (240, 240, 235), "rectangle", middle - 2, y + 6, middle + 2, y)
 
-    def color(*rgb, spread=25):
-        rgb = np.clip(np.array(rgb) + random.integers(-spread, spread, 3), 0, 255)
-        return tuple(int(c) for c in rgb)
-
-    def draw(label, rgb, shape, *points):
-        getattr(pens[0], shape)(points, fill=rgb)
-        getattr(pens[1], shape)(points, fill=label)
-
-    horizon = height * random.uniform(0.38, 0.5)
-    draw(SKY, color(135, 180, 230), "rectangle", 0, 0, width, height)
-    x = 0.0
-    while x < width:  # a row of houses, with gaps
-        right = x + unit * random.uniform(20, 50)
-        if random.random() < 0.8:
-            top = horizon - unit * random.uniform(15, 45)
-            wall = color(150, 95, 80, spread=45)
-            draw(BUILDING, wall, "rectangle", x, top, right, horizon + 2 * unit)
-            glass = color(70, 80, 95)
-            for wx in np.arange(x + 4 * unit, right - 6 * unit, 8 * unit):
-                for wy in np.arange(top + 4 * unit, horizon - 6 * unit, 9 * unit):
-                    draw(BUILDING, glass, "rectangle", wx, wy, wx + 4 * unit, wy + 5 * unit)
-        x = right
-    draw(SIDEWALK, color(185, 175, 170, spread=15), "rectangle", 0, horizon, width, height)
-    middle, half = width * random.uniform(0.35, 0.65), unit * random.uniform(8, 16)
-    edge = width * random.uniform(0.35, 0.5)
-    draw(ROAD, color(85, 85, 90, spread=15), "polygon", middle - half, horizon,
-         middle + half, horizon, middle + edge, height, middle - edge, height)
-    for y in np.arange(horizon + 6 * unit, height, 12 * unit):  # lane markings
-        draw(ROAD, (225, 225, 220), "rectangle", middle - unit, y, middle + unit, y + 5 * unit)
-    for _ in range(random.integers(1, 4)):  # trees
-        x, size = width * random.random(), unit * random.uniform(8, 16)
-        trunk, crown = color(95, 70, 45), color(60, 120, 50)
-        draw(VEGETATION, trunk, "rectangle", x - unit, horizon - size, x + unit, horizon + 4 * unit)
-        draw(VEGETATION, crown, "ellipse",
-             x - size, horizon - 2.5 * size, x + size, horizon - 0.5 * size)
-    for _ in range(random.integers(1, 4)):  # lamp posts, some with a sign
-        x, foot = width * random.random(), horizon + unit * random.uniform(4, 14)
-        top = horizon - unit * random.uniform(15, 35)
-        draw(POLE, color(120, 125, 125), "rectangle", x - 1.2 * unit, top, x + 1.2 * unit, foot)
-        if random.random() < 0.6:
-            draw(SIGN, color(225, 200, 40), "ellipse",
-                 x - 6 * unit, top, x + 6 * unit, top + 12 * unit)
-    for depth in sorted(random.uniform(0.1, 0.8, random.integers(1, 4))):  # cars, far ones first
-        y, size = horizon + depth * (height - horizon), unit * (5 + 18 * depth)
-        x = middle + random.uniform(-0.8, 0.8) * (half + depth * (edge - half))
-        paint = color(*random.choice([(190, 30, 30), (30, 60, 170), (215, 215, 220), (35, 35, 40)]))
-        draw(CAR, paint, "rectangle", x - size, y - size, x + size, y)
-        draw(CAR, color(120, 150, 170), "rectangle",
-             x - 0.7 * size, y - 1.6 * size, x + 0.7 * size, y - size)
-        for wheel in (x - 0.8 * size, x + 0.4 * size):
-            draw(CAR, (15, 15, 15), "ellipse",
-                 wheel, y - 0.25 * size, wheel + 0.4 * size, y + 0.15 * size)
-    for _ in range(random.integers(1, 5)):  # people
-        x, y = width * random.random(), horizon + unit * random.uniform(6, 30)
-        size = unit * random.uniform(3, 5)
-        clothes, skin = color(150, 60, 120, spread=60), color(225, 180, 150)
-        draw(PERSON, clothes, "rectangle", x - size, y - 4 * size, x + size, y)
-        draw(PERSON, skin, "ellipse", x - 0.8 * size, y - 6 * size, x + 0.8 * size, y - 4 * size)
-    bonnet = width * 0.2, height * 0.95, width * 0.8, height * 1.2
-    draw(EGO, (25, 25, 30), "ellipse", *bonnet)
-    light, noise = random.uniform(0.8, 1.2), random.normal(0, 6, (height, width, 3))
-    pixels = np.clip(np.array(photograph) * light + noise, 0, 255)
-    return pixels.astype(np.uint8), np.array(ids)
+    things = []  # (depth, x, function): the depth is 0 at the horizon, 1 at the lower edge
+    for side, pavement in ((-1, middle), (1, right - middle)):
+        depth = random.uniform(0.15, 0.9)
+        things.append((depth, middle + side * (far + depth * (near - far)) / 2, draw_car))
+        kinds = [draw_tree, draw_post, draw_person]
+        kinds.append(kinds[random.integers(3)])
+        for kind, place in zip(kinds, random.permutation(4), strict=True):
+            depth = 0.05 if kind is draw_tree else random.uniform(0.1, 0.7)
+            curb = far + depth * (near - far) + 6
+            distance = curb + (place + random.random()) / 4 * (pavement - curb)
+            things.append((depth, middle + side * distance, kind))
+    for depth, x, draw_thing in sorted(things, key=lambda thing: thing[0]):  # far ones first
+        canvas.move_to(x, (1 - depth) * horizon, 0.75 + 0.5 * depth)
+        draw_thing(canvas)
+    return canvas.finish()
 
 
-def draw_cityscapes(root, counts, size, seed=0):
-    """Write counts[split] scenes of size (H, W) for each split, in towns of 8 scenes; returns
-    root."""
+def draw_cityscapes(root, counts, size, seed=0, draw_scene=draw_scene):
+    """Write counts[split] scenes of size (H, W) of each split, in towns of 8; returns root."""
     for s, (split, count) in enumerate(counts.items()):
+        kind = "gtCoarse" if split == "train_extra" else "gtFine"
         for i in range(count):
             photograph, ids = draw_scene(np.random.default_rng([seed, s, i]), *size)
-            town = f"toytown{i // 8}"
-            for kind, ending, pixels in (
-                ("leftImg8bit", "leftImg8bit", photograph),
-                ("gtFine", "gtFine_labelIds", ids),
-            ):
-                path = Path(root) / kind / split / town / f"{town}_{i:06d}_000019_{ending}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
+            for folder, ending, pixels in (("leftImg8bit", "leftImg8bit", photograph),
+                                           (kind, f"{kind}_labelIds", ids)):
+                town = Path(root, folder, split, f"toytown{i // 8}")
+                town.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(town / f"{town.name}_{i:06d}_000019_{ending}.png")
     return Path(root)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", metavar="DIR")
-    parser.add_argument("--train", type=int, default=64, help="training scenes (64)")
+    parser.add_argument("--train", type=int, default=96, help="training scenes (96)")
     parser.add_argument("--val", type=int, default=16, help="validation scenes (16)")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=[128, 256], metavar=("H", "W"), help="pixels (128 256)"
-    )
+    parser.add_argument("--size", type=int, nargs=2, default=[160, 320], metavar=("H", "W"),
+                        help="pixels (160 320)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw_cityscapes(args.root, {"train": args.train, "val": args.val}, args.size, args.seed)
-    print(
-        f"drew {args.train} + {args.val} scenes of {args.size[0]}x{args.size[1]} pixels: "
-        f"{args.root}"
-    )
+    print(f"drew {args.train} + {args.val} {args.size[0]}x{args.size[1]} scenes: {args.root}")
