@@ -1,0 +1,90 @@
+"""The README's commands as they stand there, on small data, and its class for PASCAL VOC."""
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, run_script
+from PIL import Image
+
+from pspnet import PSPNet
+
+README = (SCRIPTS / "README.md").read_text()
+BLOCKS = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+COMMANDS = re.findall(r"^(?:python|torchrun) .*", BLOCKS, re.M)
+SMALL = ("--backbone resnet18 --weights none --crop 32 64 --batch-size 4 --iters 2 --workers 0 "
+         "--out {}")
+
+
+def test_the_commands_of_the_readme_are_found():
+    assert len(COMMANDS) == 10
+    assert any("tests/toy_cityscapes.py data/toy" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command, toy, tmp_path, monkeypatch, run_here):
+    """With the toy scenes as data/cityscapes, small sizes in training, a network that was saved
+    before as best.pt, and two processes instead of eight. What is behind && runs as well."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cityscapes").symlink_to(toy)
+    photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
+    for path in ("photo.jpg", "holiday/a.jpg"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.open(photograph).save(tmp_path / path)
+    for path in ("best.pt", "runs/pspnet/best.pt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        net = PSPNet(backbone="resnet18")
+        torch.save({"state_dict": net.state_dict(), "model": net.arguments}, tmp_path / path)
+    for part in command.split("  #")[0].split("&&"):
+        words = part.split()
+        if not words:
+            continue
+        if "toy_cityscapes.py" in part:
+            words += ["--train", "3", "--val", "1", "--size", "32", "64"]
+        if "train.py" in part and "data/cityscapes" in words:
+            words += SMALL.format(tmp_path / "run").split()
+        elif "train.py" in part:  # on the toy scenes, which the command before has drawn
+            run_here("tests/toy_cityscapes.py data/toy --train 3 --val 1 --size 32 64")
+            words += ["--iters", "2", "--crop", "32", "64"]
+        if words[0] == "torchrun":
+            process = run_script(" ".join(words[3:]), processes=2)
+        elif words[1] == "-m":
+            monkeypatch.setattr(sys, "argv", words[2:])
+            runpy.run_module(words[2], run_name="__main__")
+            continue
+        else:
+            process = run_here(" ".join(words[1:]))
+        assert process.returncode == 0, process.stderr
+
+
+def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path):
+    """The README's lines in a copy of the scripts, on a small drawn VOC: JPEGs, palette PNGs with
+    255 at the borders, and lists of names."""
+    (voc,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    before, after = re.search(r"in place of `(.*?)`: `(.*?)`", README).groups()
+    (tmp_path / "voc.py").write_text(voc)
+    for name in ("pspnet.py", "cityscapes.py", "evaluate.py", "train.py"):
+        script = (SCRIPTS / name).read_text()
+        assert script.count(f"\n{before}  #") == (name in ("evaluate.py", "train.py"))
+        (tmp_path / name).write_text(script.replace(f"\n{before}  #", f"\n{after}  #"))
+    rng, root = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, names in (("train", "ab"), ("val", "cd")):
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        for name in names:
+            label = Image.fromarray(rng.choice([0, 5, 20, 255], (40, 60)).astype(np.uint8), "P")
+            label.putpalette(list(range(256)) * 3)
+            label.save(root / f"SegmentationClass/{name}.png")
+            pixels = rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"JPEGImages/{name}.jpg")
+    train = f"--data {tmp_path} {SMALL.format(tmp_path / 'run')}"
+    process = run_script(f"{tmp_path}/train.py {train}")
+    assert process.returncode == 0 and "21 classes" in process.stdout, process.stderr
+    process = run_script(f"{tmp_path}/evaluate.py --ckpt {tmp_path}/run/best.pt --data {tmp_path} "
+                         f"--workers 0 --save-ids {tmp_path}/ids")
+    assert process.returncode == 0 and "tv  " in process.stdout, process.stderr
+    assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == ["c.png", "d.png"]
