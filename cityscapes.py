@@ -84,7 +84,7 @@ LABELS = (
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
 VOID = 255  # the train id of pixels without a class
-TRAIN_IDS = {label.id: label.train_id for label in LABELS}
+TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # -1 is void as well
 CLASSES = [next((label for label in LABELS if label.train_id == i), None)
            for i in range(1 + max(i for i in TRAIN_IDS.values() if i != VOID))]
 assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"

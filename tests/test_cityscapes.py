@@ -53,7 +53,7 @@ def test_labels_equal_the_official_table():
     assert [tuple(label) for label in LABELS] == official
     expected = sorted((row for row in official if 0 <= row[2] < 255), key=lambda row: row[2])
     assert [tuple(label) for label in CLASSES] == expected
-    assert TRAIN_IDS == {row[0]: row[2] for row in official}
+    assert TRAIN_IDS == {row[0]: 255 if row[2] == -1 else row[2] for row in official}
 
 
 def test_all_34_ids_are_read_and_others_are_an_error_that_names_file_and_values(tmp_path):
