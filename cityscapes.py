@@ -85,6 +85,7 @@ LABELS = (
 )
 VOID = 255  # the train id of pixels without a class
 TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # -1 is void as well
+# For each train id the first label that has it; None is a gap.
 CLASSES = [next((label for label in LABELS if label.train_id == i), None)
            for i in range(1 + max(i for i in TRAIN_IDS.values() if i != VOID))]
 assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
@@ -96,29 +97,23 @@ class DataError(Exception):
 
 # The files --------------------------------------------------------------------------------------
 
-UPRIGHT = {  # the orientation that a camera notes (EXIF) -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-
 
 def open_picture(path):
-    """A decoded image file, upright, and Pillow's words for the pixels as they lie in it: "L;4" is
-    grey of 4 bits, "I;16B" of 16. Raises DataError, with the path, where it cannot be decoded."""
+    """A decoded image file, upright, and a text with Pillow's mode and its format of the pixels in
+    the file: "L;4" is grey of 4 bits, "I;16B" of 16. Raises DataError where it cannot be decoded.
+    """
     try:
         content = Path(path).read_bytes()
         Image.open(BytesIO(content)).verify()  # the checksums of a PNG, which decoding leaves out
-        picture = Image.open(BytesIO(content))
+        picture = Image.open(BytesIO(content))  # again, as that one is of no more use
         kind = f"{picture.mode} {picture.tile}"  # what load() will decode, and then forget
         picture.load()
     except Exception as error:  # Pillow raises almost anything, and never says which file it was
         raise DataError(f"cannot decode {path} ({error})") from error
     try:
-        orientation = picture.getexif().get(0x112)
+        ImageOps.exif_transpose(picture, in_place=True)  # turns the pixels, then mends the metadata
     except Exception:  # broken metadata do no harm to the pixels
-        orientation = None
-    if orientation in UPRIGHT:
-        picture = picture.transpose(UPRIGHT[orientation])
+        pass
     return picture, kind
 
 
@@ -128,7 +123,7 @@ def read_image(path):
     picture, kind = open_picture(path)
     if "I;16" in kind:
         picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F", "LAB"):  # 32 bits, whose range is unknown; and a rare space
+    if picture.mode in ("I", "F", "LAB"):  # 32 bits: unknown range; LAB: rare
         raise DataError(f"{path} has pixels of mode {picture.mode}: store it as RGB or grey, with "
                         "8 bits a channel")
     if picture.mode != "RGB":
@@ -179,6 +174,7 @@ def save_whole(content, path, temporary):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror})") from error
 
 
@@ -252,7 +248,7 @@ class Cityscapes(Dataset):
 
 # Training samples -------------------------------------------------------------------------------
 
-PADDING = (124, 116, 104)  # the mean color of ImageNet, which the network's normalisation makes 0
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
 
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
@@ -280,7 +276,9 @@ def window_and_size(length, crop, scale):
     """How many of `length` pixels a crop of `crop` pixels covers at `scale`, and how many pixels
     of the crop they fill: all, or fewer where the scaled image is smaller than the crop."""
     window = round(crop / scale)
-    return (window, crop) if window <= length else (length, round(length * scale))
+    if window <= length:
+        return window, crop
+    return length, round(length * scale)
 
 
 class TrainingStream(Dataset):
@@ -314,7 +312,7 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
         scale = rng.uniform(0.5, 2.0)
         mirrored = rng.random() < 0.5
-        matrix = color_matrix(*(
+        matrix = color_matrix(*(  # brightness, contrast, saturation, hue
             rng.uniform(low, high) if rng.random() < 0.5 else neutral
             for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0))))
 
@@ -327,18 +325,21 @@ class TrainingStream(Dataset):
             top = rng.integers(height - window_height + 1)
             left = rng.integers(width - window_width + 1)
             window = np.s_[..., top: top + window_height, left: left + window_width]
-            new_label = F.interpolate(label[window][None, None], new_size, mode="nearest-exact")
+            old_label = label[window][None, None]
+            new_label = F.interpolate(old_label, new_size, mode="nearest-exact")[0, 0]
             pixels = torch.bincount(new_label.flatten(), minlength=256)[:VOID]  # of each class
             if pixels.max() < 0.75 * pixels.sum():  # all void is no good either
                 break
-        old = image[window][None].contiguous(memory_format=torch.channels_last)  # twice as fast so
-        new_image = F.interpolate(old, new_size, mode="bilinear")[0]
+        # In this memory format PyTorch is twice as fast.
+        old_image = image[window][None].contiguous(memory_format=torch.channels_last)
+        new_image = F.interpolate(old_image, new_size, mode="bilinear")[0]
 
+        # Pillow multiplies each pixel by the matrix, rounds, and clips to 0..255.
         picture = photograph(new_image).convert("RGB", tuple(matrix.flatten()))
         padded_picture = Image.new("RGB", (crop_width, crop_height), PADDING)
         padded_picture.paste(ImageOps.mirror(picture) if mirrored else picture)
         padded_label = torch.full(self.crop_size, VOID, dtype=torch.uint8)
-        padded_label[:new_height, :new_width] = new_label.flip(3) if mirrored else new_label
+        padded_label[:new_height, :new_width] = new_label.flip(1) if mirrored else new_label
         return torch.from_numpy(np.array(padded_picture)).permute(2, 0, 1), padded_label
 
 
@@ -370,16 +371,16 @@ def save_sheet(path, rows, classes, width=480):
              for picture in row] for row in rows]
     # The entries of the legend have 120 x 24 pixels.
     columns = max(len(row) for row in rows)
-    line, per_line = 24, columns * width // 120
+    line_height, per_line = 24, columns * width // 120
     heights = [max(picture.height for picture in row) for row in rows]
-    legend = line * math.ceil(len(classes) / per_line)
-    sheet = Image.new("RGB", (columns * width, sum(heights) + legend))
+    legend_height = line_height * math.ceil(len(classes) / per_line)
+    sheet = Image.new("RGB", (columns * width, sum(heights) + legend_height))
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             sheet.paste(picture, (j * width, sum(heights[:i])))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for i, entry in enumerate(classes):
-        x, y = 120 * (i % per_line), sum(heights) + line * (i // per_line)
+        x, y = 120 * (i % per_line), sum(heights) + line_height * (i // per_line)
         draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
         draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
     sheet.save(path)
@@ -429,12 +430,12 @@ def main():
                 results = list(tqdm(pool.map(partial(examine, dataset), range(len(dataset))),
                                     split, len(dataset), leave=False))
             problems += [problem for problem, _ in results if problem]
-            pixels = sum(pixels for _, pixels in results)[: len(CLASSES)]
+            pixels = sum(counts for _, counts in results)[: len(CLASSES)]
             shares[split] = 100 * pixels / max(1, pixels.sum())
     if shares:
         print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
-    for i, entry in enumerate(CLASSES if shares else []):
-        print(f"{entry.name:22}" + "".join(f"{share[i]:12.2f}" for share in shares.values()))
+        for i, entry in enumerate(CLASSES):
+            print(f"{entry.name:22}" + "".join(f"{share[i]:12.2f}" for share in shares.values()))
     if problems:
         print(*problems, sep="\n")
         sys.exit(f"cityscapes.py: {len(problems)} of the above must be mended")

@@ -55,7 +55,7 @@ def tiled_probabilities(net, image, tile):
     count = torch.zeros(height, width, device=image.device)  # tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
-            inside = np.s_[..., top: top + tile_height, left: left + tile_width]
+            inside = (..., slice(top, top + tile_height), slice(left, left + tile_width))
             logits, _ = net(image[inside][None])
             total[inside] += logits[0].softmax(dim=0)
             count[inside] += 1
@@ -64,8 +64,8 @@ def tiled_probabilities(net, image, tile):
 
 @torch.inference_mode()
 def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
-    """The train id of every pixel: image (3, H, W), uint8 RGB, and net on one device -> (H, W),
-    uint8, there. `precision` is that of the network, "fp32", "bf16" or "fp16".
+    """The train id of every pixel: image (3, H, W), uint8 RGB, on the device of net -> (H, W),
+    uint8, on it too. `precision` is that of the network, "fp32", "bf16" or "fp16".
 
     With several scales, or with flip (each scale also mirrored), the class probabilities of all of
     them are averaged at the size of the image, as mmsegmentation's test-time augmentation does.
@@ -73,9 +73,9 @@ def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
     code (hszhao/semseg, tool/test.py; unlike there, images smaller than a tile are not padded).
     """
     size = image.shape[1:]
-    total = torch.zeros((), device=image.device)
+    total = 0
     for scale in scales:
-        for mirrored in (False, True) if flip else (False,):
+        for mirrored in ([False, True] if flip else [False]):
             view = image
             if scale != 1:
                 scaled = [max(1, int(length * scale + 0.5)) for length in size]
@@ -167,17 +167,25 @@ def format_scores(scores):
 def this_process():
     """(device, rank, world): the GPU (or other accelerator, or the CPU) of this process, its number
     and how many there are, as torchrun says in the environment; without torchrun there is one.
-    Ends the process where there are more than GPUs."""
+    Ends the process where this machine has fewer GPUs than processes.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cpu":
-        local_rank, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
-        if local_rank >= devices:
-            sys.exit(f"there are more processes than the {devices} GPUs of this machine: type "
-                     f"torchrun --nproc_per_node={devices}")
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
+        devices = torch.accelerator.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > devices:
+            sys.exit(1 if rank > 0 else f"there are more processes than the {devices} GPUs of this "
+                     f"machine: type torchrun --nproc_per_node={devices}")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.accelerator.set_device_index(device.index)
     return device, rank, world
+
+
+def join_processes():
+    """Join the other processes, and wait until all have joined. Process 0 comes last, when it has
+    looked for mistakes: so they are told once, and nothing is downloaded twice."""
+    dist.init_process_group()
+    dist.barrier()  # because on GPUs the line before doesn't wait
 
 
 def share_of_cores(most):
@@ -247,8 +255,10 @@ class Photographs(Dataset):
     def __init__(self, paths):
         self.files, self.problems, names = [], [], {}
         for path in map(Path, paths):
-            visible = [file for file in sorted(path.iterdir()) if file.is_file()
-                       and not file.name.startswith(".")] if path.is_dir() else [path]
+            visible = [path]
+            if path.is_dir():
+                visible = [file for file in sorted(path.iterdir())
+                           if file.is_file() and not file.name.startswith(".")]
             for file in visible:
                 try:
                     read_image(file)
@@ -260,6 +270,8 @@ class Photographs(Dataset):
                                     f"{file.stem}.png: predict them into different folders")
                 names[file.stem] = file
                 self.files.append(file)
+        if not self.files and not self.problems:
+            raise DataError(f"there are no files in {', '.join(map(str, paths))}")
 
     def __len__(self):
         return len(self.files)
@@ -299,7 +311,7 @@ def parse_args():
                         help="processes that decode images, for each GPU (4, or its share)")
     args = parser.parse_args()
 
-    if min(*args.scales, *(args.tile or [1])) <= 0 or args.workers < 0:
+    if min(args.scales + (args.tile or [])) <= 0 or args.workers < 0:
         parser.error("--scales and --tile take positive numbers, --workers 0 or more")
     folders = [os.path.realpath(folder) for folder in (args.save_ids, args.save_color) if folder]
     if len(folders) == 2 and os.path.commonpath(folders) in folders:  # one is in the other
@@ -319,11 +331,11 @@ def parse_args():
 def main():
     args = parse_args()
     device, rank, world = this_process()
-    if rank > 0:  # waits for process 0, which looks for mistakes before it joins, and tells of them
-        dist.init_process_group()
+    if rank > 0:
+        join_processes()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
     dataset = Photographs(args.images) if args.images else Cityscapes(args.data, args.split)
-    names = [entry.name for entry in dataset.classes]
+    names = [entry.name for entry in dataset.classes]  # net.classes is None where it is not known
     if net.arguments["num_classes"] != len(names) or net.classes not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({', '.join(net.classes or ['unnamed'])}), the data set has "
@@ -333,13 +345,15 @@ def main():
         if args.images and Path(folder).resolve() in [f.parent.resolve() for f in dataset.files]:
             raise DataError(f"predictions in {folder} could overwrite the photographs there: give "
                             "another folder to --save-ids and --save-color")
-    if rank == 0 and world > 1:
-        dist.init_process_group()
+    if rank == 0 and world > 1:  # no mistake was found
+        join_processes()
 
     protocol = {"precision": args.precision, "scales": args.scales, "flip": args.flip,
                 "tile": args.tile}
     matrix = evaluate(net, dataset, device, args.workers, args.save_ids, args.save_color,
                       **protocol)
+    if world > 1:
+        dist.destroy_process_group()
     if rank > 0:
         return
     if args.images and dataset.problems:

@@ -141,7 +141,7 @@ class ResNet(nn.Module):
 
 # Pooling and upsampling as matrix products ------------------------------------------------------
 #
-# The exact head below needs the matrices. Elsewhere they are faster than PyTorch's functions on a
+# `PyramidHead.forward` needs the matrices. Elsewhere they are faster than PyTorch's functions on a
 # CPU, and repeat on CUDA, where the gradients of those functions are documented as
 # nondeterministic (torch.use_deterministic_algorithms).
 
@@ -150,7 +150,7 @@ def matrix_of(linear_map, length, like):
     """The matrix of a linear map of `length` numbers: its columns are what it makes of the unit
     vectors. linear_map: (1, length, length), a vector per row -> (1, length, n).
     Returns (1, 1, n, length), of the dtype and on the device of `like`."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would misplace the samples
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would round positions
     units = torch.eye(length, dtype=dtype, device=like.device)[None]
     return linear_map(units).mT.to(like.dtype)[None]
 
@@ -168,8 +168,8 @@ def interpolation_matrix(cells, length, like):
 
 
 def upsample(x, size):
-    """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast, as
-    the loss is to be computed from."""
+    """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast,
+    because the loss is computed from it."""
     device = "cpu" if x.is_meta else x.device.type  # "meta", shapes without values, has no autocast
     with torch.autocast(device, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -231,8 +231,8 @@ class PyramidHead(nn.Module):
     def forward(self, x):
         """The same without stretching anything.
 
-        Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9 and 36 cells
-        (with bins 1, 2, 3, 6). Call p_k the k x k cells of level k, after their ReLU. What is
+        Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9 and 36 cells.
+        Call p_k the k x k cells of level k, after their ReLU. What is
         between the p_k and the batch norm after the 3x3 convolution is linear, and is rewritten:
 
         1. A convolution of a stack is the sum of one convolution per part, each with its own slice
@@ -241,11 +241,11 @@ class PyramidHead(nn.Module):
         2. Stretching acts on rows and columns of each channel p_i: stretched p_i = R p_i S^T with R
            (h, k) and S (w, k) from `interpolation_matrix`.
         3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
-           u and v = 0, 1, 2. At (y, x) a copy shows the input at (y + u - 1, x + v - 1), and
+           u and v = 0, 1, 2. At (r, c) a copy shows the input at (r + u - 1, c + v - 1), and
            output channel o mixes its channels i by W[o, i, u, v]. Mixing channels and moving
            pixels don't interfere, so mix first, on the k x k cells, and stretch and move after:
                conv(R p S^T; W)_o = sum over u, v of  R_u (sum over i of W[o, i, u, v] p_i) S_v^T,
-           where row y of R_u is row y + u - 1 of R, or zeros where R has no such row: they are the
+           where row r of R_u is row r + u - 1 of R, or zeros where R has no such row: they are the
            zero padding of the convolution. S_v likewise.
         4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures
            as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two.
@@ -274,7 +274,7 @@ class PyramidHead(nn.Module):
             p = conv_bn_relu(means)  # (B, channels, k, k)
             # o, i: channels out and in; u, v: taps of the kernel; r, c: rows and columns of cells
             mixtures = torch.einsum("oiuv,birc->bourvc", weight, p)
-            blocks = mixtures.reshape(*p.shape[:2], 3 * k, 3 * k)
+            blocks = mixtures.reshape(*mixtures.shape[:2], 3 * k, 3 * k)
             lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
             rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
         return torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
@@ -308,8 +308,8 @@ class PSPNet(nn.Module):
     1x1 level of the pyramid gives batch norm one value per image.
 
     Weights start at random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan
-    out, classifiers N(0, 0.01^2) with bias 0, and 0 for the last batch norm of each residual block,
-    which so starts as its shortcut. `load_backbone` brings ImageNet's weights.
+    out, classifiers N(0, 0.01^2) with bias 0, and 0 for the last batch norm of each residual block.
+    `load_backbone` brings ImageNet's weights.
     """
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
@@ -336,8 +336,8 @@ class PSPNet(nn.Module):
         return logits, aux_logits
 
     def normalize(self, images):
-        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype; by
-        Python's numbers, channel by channel, as a GPU would have to wait for tensors of them."""
+        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype. MEAN
+        and STD stay Python's numbers: to make tensors of them in each call would stall a GPU."""
         dtype = self.decode_head.conv_seg.weight.dtype
         return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
@@ -365,10 +365,19 @@ def read_checkpoint(path):
 
 
 def shapes(state):
-    """name -> shape in a state dict, except batch norm's counters, which older files lack; {} for
-    anything else."""
+    """name -> shape in a state dict, except batch norm's counters, which older files lack."""
     return {name: getattr(value, "shape", None) for name, value in state.items()
-            if not str(name).endswith("num_batches_tracked")} if isinstance(state, dict) else {}
+            if not str(name).endswith("num_batches_tracked")}
+
+
+def read_weights(path):
+    """The state dict in a file, alone or as "state_dict" in a checkpoint, and the checkpoint.
+    Raises OSError, and CheckpointError where there is none."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no dictionary of weights")
+    return state, checkpoint
 
 
 def load_net(path):
@@ -380,19 +389,17 @@ def load_net(path):
     Raises CheckpointError for every other file. That includes mmsegmentation's PSPNets of output
     stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
-    checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of a PSPNet: it has no 'state_dict'")
-    state = checkpoint["state_dict"]
+    state, checkpoint = read_weights(path)
     config = str(checkpoint.get("meta"))  # mmsegmentation keeps the text of its configuration there
     for setting in ("strides=(1, 2, 2, 2)", "align_corners=True"):
         if setting in config:
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
-    shape = shapes(state).get("decode_head.conv_seg.bias") or [1]
-    candidates = [{"num_classes": shape[0], "backbone": backbone} for backbone in BACKBONES]
     if "model" in checkpoint:
         candidates = [checkpoint["model"]]
+    else:
+        shape = shapes(state).get("decode_head.conv_seg.bias") or [1]  # 1 class fits no file
+        candidates = [{"num_classes": shape[0], "backbone": backbone} for backbone in BACKBONES]
     for arguments in candidates:
         try:
             with torch.device("meta"):  # names and shapes without values
@@ -400,8 +407,8 @@ def load_net(path):
         except Exception as error:  # the "model" of another program
             raise CheckpointError(f"{path}: its 'model', {arguments}, is no PSPNet") from error
         if shapes(net.state_dict()) == shapes(state):
-            # In a plain dict, without versions, batch norm puts 0 for counters that are missing.
-            net.load_state_dict(dict(state), assign=True)  # the values of the file instead of none
+            # A plain dict has no version of its format, so batch norm fills in missing counters.
+            net.load_state_dict(dict(state), assign=True)  # as nothing can be copied to "meta"
             net.classes = checkpoint.get("classes")
             return net.float().eval()
     raise CheckpointError(f"{path} does not hold the weights of a PSPNet: names and shapes are "
@@ -427,10 +434,8 @@ def load_backbone(net, weights):
                 raise CheckpointError(f"cannot download the ImageNet weights {url} ({error}): get "
                                       "the file by other means and type --weights FILE, or "
                                       "--weights none") from error
-    state = read_checkpoint(weights)
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if isinstance(state, dict):
-        state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
+    state, _ = read_weights(weights)
+    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
         raise CheckpointError(f"{weights} does not hold the weights of a {backbone}: its names and "
                               "shapes are others")
@@ -458,7 +463,9 @@ def main():
           "parameters")
     for task, training in (("forward", False), ("forward and backward", True)):
         gflops = []
-        for net.decode_head.forward in (exact, textbook):
+        for forward in (exact, textbook):
+            net.decode_head.forward = forward
+            # Of two images, as the training of the pyramid's first level needs.
             gflops.append(count_gflops(net, (2, 3, 512, 1024), training) / 2)
         print(f"{task}, GFLOPs per image of 512x1024: exact head {gflops[0]:.0f}, textbook's "
               f"{gflops[1]:.0f}, ratio {gflops[0] / gflops[1]:.3f}")

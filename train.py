@@ -34,8 +34,8 @@ from tqdm import tqdm
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
 from cityscapes import (VOID, DataError, TrainingStream, colored, photograph, save_sheet,
                         save_whole)
-from evaluate import (autocast, evaluate, format_scores, predict, scores_of, sentence_of,
-                      share_of_cores, this_process)
+from evaluate import (autocast, evaluate, format_scores, join_processes, predict, scores_of,
+                      sentence_of, share_of_cores, this_process)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
 
 
@@ -63,7 +63,8 @@ def parse_args(device, world):
     add = parser.add_argument
     add("--data", default="data/cityscapes", metavar="DIR",
         help="folder with leftImg8bit and gtFine (data/cityscapes)")
-    add("--out", default="runs/pspnet", metavar="DIR", help="where results go (runs/pspnet)")
+    add("--out", default="runs/pspnet", metavar="DIR",
+        help="where results go; all machines must see it (runs/pspnet)")
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
     add("--bins", type=int, nargs="*", default=[1, 2, 3, 6], metavar="K",
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
@@ -96,11 +97,11 @@ def parse_args(device, world):
     if min(*args.crop, *args.bins, args.batch_size, args.iters, args.val_every,
            args.save_every) < 1 or not args.lr > 0 or args.workers < 0:
         parser.error("numbers must be positive (--workers may be 0)")
-    if not 0 <= args.seed < 2**23:
+    if not 0 <= args.seed < 2**23:  # it becomes a part of the seed of dropout
         parser.error("--seed takes 0 to 8388607")
-    # The pyramid's first level gives batch norm one value per image, and it needs two: of this
-    # process, or, where SyncBatchNorm joins GPUs, of all.
-    least = 2 * world if device.type == "cpu" else max(2, world)
+    # The pyramid's first level gives batch norm one value per image, and it needs two: in each
+    # process, or, where SyncBatchNorm joins GPUs, in all.
+    least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
                      f"{least} or more")
@@ -119,11 +120,10 @@ def initialize(net, args, classes):
         if {**other.arguments, "num_classes": len(classes)} != net.arguments:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
         state = other.state_dict()
-        same_number = other.arguments["num_classes"] == len(classes)
-        if not same_number or other.classes not in (None, classes):
+        if other.arguments != net.arguments or other.classes not in (None, classes):
             print(f"{args.init} knows other classes: the two classifiers start at random")
             own = net.state_dict()
-            state |= {name: own[name] for name in own if ".conv_seg." in name}
+            state |= {name: own[name] for name in own if ".conv_seg." in name}  # the classifiers
         net.load_state_dict(state)
     elif args.weights != "none":
         load_backbone(net, args.weights)
@@ -135,7 +135,7 @@ def restore(path, recipe, net, optimizer, scaler):
     checkpoint = read_checkpoint(path)
     before = checkpoint.get("recipe", {})
     changed = [f"{name} was {before.get(name)} and is {recipe.get(name)}"
-               for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
+               for name in before | recipe if before.get(name) != recipe.get(name)]
     if changed:
         raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): resume "
                               "with the old one, or start again with another --out")
@@ -147,7 +147,7 @@ def restore(path, recipe, net, optimizer, scaler):
 
 def mean_loss(loss_sum, iterations, step):
     """The mean of the latest `iterations` losses, up to iteration `step`, over all processes; waits
-    for the device. Ends the run where it is not finite, which process 0 tells."""
+    for the device. Where it is not finite it ends the run, and process 0 says so."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1:
         dist.all_reduce(loss_sum)
@@ -159,24 +159,24 @@ def mean_loss(loss_sum, iterations, step):
 
 
 def best_miou(history):
-    """The best mIoU among the events of a run that has been validated."""
-    return max(event["miou"] for event in history if event["event"] == "validation")
+    """The best mIoU among the events of a run, -1 before the first validation."""
+    return max((event["miou"] for event in history if event["event"] == "validation"), default=-1)
 
 
 def validate(net, val_set, device, args, picture):
-    """Score `net` in all processes, which all must call this. Process 0, which has a path for the
-    `picture`, prints the table and draws photographs, truth and predictions, six far apart."""
-    if dist.is_initialized():  # without SyncBatchNorm each process has statistics of its own
+    """Score `net` in all processes, which all must call this. Process 0 prints the table and draws
+    a `picture` of photographs, truth and predictions, six that are far apart."""
+    if dist.is_initialized():  # without SyncBatchNorm the latest step left each its own statistics
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     matrix = evaluate(net, val_set, device, args.workers, precision=args.precision)
     scores = scores_of(matrix, val_set.classes)
-    if picture:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"\n{format_scores(scores)}", flush=True)
         rows = []
         for i in range(0, len(val_set), max(1, len(val_set) // 6))[:6]:
             image, label = val_set[i]
-            prediction = predict(net.eval(), image.to(device), args.precision).cpu()
+            prediction = predict(net, image.to(device), args.precision).cpu()
             rows.append([photograph(image), colored(label, val_set.classes),
                          colored(prediction, val_set.classes)])
         save_sheet(picture, rows, val_set.classes)
@@ -188,8 +188,8 @@ def main():
     device, rank, world = this_process()
     args, recipe, departures = parse_args(device, world)
     out, last = Path(args.out), Path(args.out, "last.pt")
-    if rank > 0:  # waits for process 0, which joins below when it has found no mistake so far
-        dist.init_process_group()
+    if rank > 0:  # process 0 looks for mistakes first, and joins below
+        join_processes()
     elif out.exists() and not args.resume:
         raise DataError(f"{out} exists already, perhaps with another run: type --resume to go on "
                         "with it, or another --out")
@@ -210,23 +210,22 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     step, history = 0, [{"event": "recipe", "step": 0, **recipe}]  # iterations done; all events
     if args.resume and last.exists():
-        step, history = restore(last, recipe, net, optimizer, scaler)
+        step, history = restore(last, recipe, net, optimizer, scaler)  # each has its momentum
     elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
         initialize(net, args, classes)
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=args.resume)
-        print(f"{world} x {device.type}, iterations {step} to {args.iters}, {len(classes)} classes, "
-              f"{len(train_set)} images to train on and {len(val_set)} to validate\n"
+        print(f"{world} x {device.type}; {len(train_set)} images to train on, {len(val_set)} to "
+              f"validate; iterations {step} to {args.iters}\n"
               f"departs from the reference in: {'; '.join(departures) or 'nothing'}", flush=True)
-        if world > 1:
-            dist.init_process_group()
+        if world > 1:  # no mistake was found
+            join_processes()
     log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w")  # process 0 writes it
     print(*map(json.dumps, history), sep="\n", file=log, flush=True)
     model = torch.compile(net) if args.compile else net
     if world > 1:
         model = DistributedDataParallel(model)
-    model.train()
 
     # Iteration i = 0, 1, ... has samples i * batch_size and following, process r every world-th.
     stream = TrainingStream(train_set, args.crop, args.seed)
@@ -235,8 +234,7 @@ def main():
                               num_workers=args.workers, pin_memory=device.type != "cpu"))
     loss_sum = torch.zeros((), device=device)
     logged, since, waited = step, time.perf_counter(), 0.0  # since the latest line of the log
-    bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0)
 
     while step < args.iters:
         before = time.perf_counter()
@@ -262,11 +260,10 @@ def main():
 
         validating = step % args.val_every == 0 or step == args.iters
         saving = step % args.save_every == 0 or validating
-        if step % 10 and not saving:
+        if not (step % 10 == 0 or saving):
             continue
         iterations = step - logged
-        loss = mean_loss(loss_sum, iterations, step)
-        seconds = time.perf_counter() - since
+        loss, seconds = mean_loss(loss_sum, iterations, step), time.perf_counter() - since
         history.append({"event": "train", "step": step, "lr": rate, "loss": loss,
                         "images_per_second": iterations * args.batch_size / seconds,
                         "waiting": waited / seconds})
@@ -275,8 +272,8 @@ def main():
                             "{waiting:.0%} waiting for data".format(**history[-1]), refresh=False)
         bar.update(iterations)
         if validating:
-            picture = out / f"val_{step:06}.png" if rank == 0 else None
-            scores = validate(net, val_set, device, args, picture)
+            scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
+            better = scores["miou"] > best_miou(history)
             history.append({"event": "validation", "step": step, **scores})
             print(json.dumps(history[-1]), file=log, flush=True)
         if saving and rank == 0:
@@ -285,7 +282,7 @@ def main():
                           "scaler": scaler.state_dict(), "step": step, "history": history,
                           "recipe": recipe}
             # best.pt first: a run that is killed between the two validates again.
-            if validating and scores["miou"] == best_miou(history):
+            if validating and better:
                 save_whole(checkpoint, out / "best.pt", out / "best.pt.tmp")
             save_whole(checkpoint, last, out / "last.pt.tmp")
         loss_sum.zero_()
@@ -293,8 +290,8 @@ def main():
 
     bar.close()
     if rank == 0:
-        print(f"best mIoU {100 * best_miou(history):.2f} %: {out}/best.pt; photographs, truth and "
-              f"predictions: {out}/val_{step:06}.png; for a photograph of yours type\n"
+        print(f"best mIoU {100 * best_miou(history):.2f} % ({out}/best.pt); what it sees: {out}/"
+              f"val_{step:06}.png. Next, a photograph of your own:\n"
               f"python evaluate.py --ckpt {out}/best.pt --images PHOTO --save-color predictions")
     if world > 1:
         dist.destroy_process_group()

@@ -15,6 +15,11 @@ TESTS = Path(__file__).resolve().parent
 SCRIPTS = TESTS.parent
 sys.path.insert(0, str(SCRIPTS))
 
+# On the CPU, in one thread each: the number of threads changes the order of sums, and tests compare
+# what several processes compute to the byte. (Besides, small networks are slower in more.)
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)
+
 # What mmsegmentation 1.2.2 computed (with mmengine 0.10.7 and torch 2.13 or 2.14, on a CPU) on
 # weights, inputs and labels that fill.py makes from seeds. models: logits, losses, gradients;
 # sgd20: 20 steps of training; lr; preprocess; init; metric.
@@ -30,11 +35,17 @@ def words_of(command, processes=1, restarts=0):
     return [sys.executable, *torchrun, str(SCRIPTS / script), *arguments]
 
 
-def run_script(command, processes=1, restarts=0, **options):
+def run_script(command, processes=1):
     """Run a script as a user does; returns the completed process, output as text."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words_of(command, processes, restarts), capture_output=True, text=True,
-                          timeout=120, env=environment, **options)
+    return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def all_cores():
+    """For what is large, and compared to a tolerance."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -291,7 +291,8 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, tmp_path / "eleven.pt")
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     (tmp_path / "file").touch()
-    (tmp_path / "again").mkdir()
+    for folder in ("empty", "again"):
+        (tmp_path / folder).mkdir()
     here = f"--ckpt {checkpoint} --data {toy}"
     wrong(f"--data {toy}", "--ckpt")
     wrong(f"--ckpt {tmp_path}/none.pt --data {toy}", "No such file", "none.pt")
@@ -304,6 +305,7 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"{here} --workers -1", "--workers")
     wrong(f"{here} --split test", "withheld", "--save-ids")
     wrong(f"--ckpt {checkpoint} --images {toy}", "--save-color")
+    wrong(f"--ckpt {checkpoint} --images {tmp_path}/empty --save-ids {tmp_path}/x", "no files")
     wrong(f"{here} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b", "separate folders")
     wrong(f"{here} --save-ids {tmp_path}/file/ids", "file/ids")
     wrong(f"{here} --json {tmp_path}/none/scores.json", "--json", "no folder")
@@ -338,7 +340,11 @@ def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}.items():
         monkeypatch.setenv(name, value)
     assert evaluate.this_process() == (torch.device("cuda:1"), 5, 6)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as end:
+        evaluate.this_process()
+    assert end.value.code == 1  # process 0 tells it
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="more processes than the 2 GPUs.*--nproc_per_node=2"):
         evaluate.this_process()
 

@@ -41,6 +41,7 @@ def relative_error(actual, expected):
 # mmsegmentation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_parameters_logits_and_classes_of_all_six_variants_equal_mmsegmentations(variant):
     net, recorded = filled_net(variant), MMSEG["models"][variant]
@@ -59,6 +60,7 @@ def test_names_parameters_logits_and_classes_of_all_six_variants_equal_mmsegment
         assert (classes == expected["argmax"]).float().mean() > 0.999
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
 def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentations(variant):
     expected = MMSEG["models"][variant]["train64"]
@@ -107,6 +109,7 @@ def test_preprocessing_equals_mmsegmentations():
 # The backbones ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_backbone_equals_torchvisions_with_dilation(name):
     torch.manual_seed(0)
@@ -251,6 +254,7 @@ def test_exports_with_dynamic_height_and_width():
             assert relative_error(exported(images)[0], net(images)[0]) < 1e-12
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_the_script_proves_the_exact_head(run_here):
     process = run_here("pspnet.py")
     assert process.returncode == 0
@@ -310,8 +314,9 @@ def refused_files(folder):
     state = torch.load(good, weights_only=True)["state_dict"]
     contents = {
         "classifier.pth": ({"state_dict": torchvision.models.resnet18().state_dict()}, "shapes"),
-        "list.pth": ([torch.zeros(3)], "no 'state_dict'"),
-        "other.pth": ({"net": {}}, "no 'state_dict'"),
+        "list.pth": ([torch.zeros(3)], "no dictionary of weights"),
+        "none.pth": ({"state_dict": None}, "no dictionary of weights"),
+        "other.pth": ({"net": {}}, "names and shapes"),
         "number.pth": ({"state_dict": {"weight": 3, 4: 5}}, "names and shapes"),
         "bias.pth": ({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, "shapes"),
         "objects.pth": ({"state_dict": re.compile("code")}, "it holds re._compile, which is code"),
