@@ -356,6 +356,8 @@ def main():
         dist.destroy_process_group()
     if rank > 0:
         return
+    if args.save_ids or args.save_color:
+        print(f"predicted {len(dataset)} images: {args.save_ids or args.save_color}")
     if args.images and dataset.problems:
         print(*dataset.problems, sep="\n", file=sys.stderr)
         sys.exit(f"evaluate.py: {len(dataset.problems)} files could not be read")

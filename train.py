@@ -191,8 +191,7 @@ def main():
     if rank > 0:  # process 0 looks for mistakes first, and joins below
         join_processes()
     elif out.exists() and not args.resume:
-        raise DataError(f"{out} exists already, perhaps with another run: type --resume to go on "
-                        "with it, or another --out")
+        raise DataError(f"{out} exists already: type --resume to go on with it, or another --out")
 
     train_set, val_set = Cityscapes(args.data, "train", args.cache), Cityscapes(args.data, "val")
     classes = [entry.name for entry in val_set.classes]
