@@ -121,7 +121,9 @@ def main():
         predictions = [predict(net, image) for net in nets]
         rows.append([photograph(image),
                      *(colored(ids, scenes.classes) for ids in (label, *predictions))])
-    save_sheet(out / "context.png", rows, scenes.classes, width=360)
+    names = {"terrain": "river", "bicycle": "boat"}
+    legend = [entry._replace(name=names.get(entry.name, entry.name)) for entry in scenes.classes]
+    save_sheet(out / "context.png", rows, legend, width=360)
     print(f"the picture is {out / 'context.png'}")
 
 
