@@ -450,8 +450,8 @@ def test_no_class_has_three_quarters_of_the_labelled_pixels_unless_eleven_tries_
     def chance(scale):  # that eleven windows in a row are over the limit
         h, w = round(32 / scale), round(48 / scale)
         corners = zip(rng.integers(0, 128 - h + 1, 100), rng.integers(0, 256 - w + 1, 100))
-        windows = (ids[top: top + h, left: left + w] for top, left in corners)
-        return np.mean([over((ids == 7).sum(), (ids == 23).sum()) for ids in windows]) ** 11
+        windows = [ids[top: top + h, left: left + w] for top, left in corners]
+        return np.mean([over((part == 7).sum(), (part == 23).sum()) for part in windows]) ** 11
 
     chances = np.array([chance(scale) for scale in np.linspace(0.5, 2, 300)])
     root = write_pair(tmp_path, np.zeros((128, 256, 3)), ids)

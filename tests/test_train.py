@@ -301,6 +301,8 @@ def start(toy, out, processes=1, restarts=0, resume=""):
     process = subprocess.Popen(
         words_of(command, processes, restarts), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
+        # A shell lets what it runs in the background ignore Ctrl-C, which they would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     while not last.exists() or last.stat().st_mtime_ns == before:
         assert process.poll() is None, process.stderr.read()
