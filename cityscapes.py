@@ -21,8 +21,6 @@ import math
 import os
 import sys
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -365,44 +363,33 @@ def overlaid(image, label, classes):
     return Image.composite(colored(label, classes), photograph(image), mask)
 
 
-def save_sheet(path, rows, classes, width=480):
-    """Save rows of pictures, each scaled to `width` pixels, above a legend of the classes."""
-    rows = [[picture.resize((width, max(1, round(width * picture.height / picture.width))))
-             for picture in row] for row in rows]
-    # The entries of the legend have 120 x 24 pixels.
-    columns = max(len(row) for row in rows)
-    line_height, per_line = 24, columns * width // 120
-    heights = [max(picture.height for picture in row) for row in rows]
-    legend_height = line_height * math.ceil(len(classes) / per_line)
-    sheet = Image.new("RGB", (columns * width, sum(heights) + legend_height))
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * width, sum(heights[:i])))
+def save_sheet(path, pictures, columns, classes):
+    """Save pictures as a PNG, in rows of `columns`, above a legend of the classes. Each is put in a
+    cell of 480 pixels' width that has the shape of the first picture."""
+    width, height = 480, max(1, round(480 * pictures[0].height / pictures[0].width))
+    bottom, per_line = height * math.ceil(len(pictures) / columns), 4 * columns  # of the legend
+    legend_height = 24 * math.ceil(len(classes) / per_line)
+    sheet = Image.new("RGB", (columns * width, bottom + legend_height))
+    for i, picture in enumerate(pictures):
+        scale = min(width / picture.width, height / picture.height)
+        size = [max(1, round(scale * length)) for length in picture.size]
+        sheet.paste(picture.resize(size), (i % columns * width, i // columns * height))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, entry in enumerate(classes):
-        x, y = 120 * (i % per_line), sum(heights) + line_height * (i // per_line)
+    for i, entry in enumerate(classes):  # in fields of 120 x 24 pixels
+        x, y = 120 * (i % per_line), bottom + 24 * (i // per_line)
         draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
         draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
-    sheet.save(path)
+    sheet.save(path, "PNG")
 
 
 # python cityscapes.py ---------------------------------------------------------------------------
 
 
-def examine(dataset, i):
-    """What is wrong with item i, a sentence or None, and its pixels by train id, (256,)."""
-    try:
-        _, label = dataset[i]
-    except DataError as error:
-        return str(error), np.zeros(256, int)
-    return None, np.bincount(label.numpy().ravel(), minlength=256)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/cityscapes", metavar="DIR",
-                        help="folder with leftImg8bit and gtFine (data/cityscapes)")
+    parser.add_argument("--data", default="data/cityscapes",
+                        help="where leftImg8bit and gtFine are (%(default)s)")
     parser.add_argument("--check", action="store_true",
                         help="decode all files: the share of each class, and what is wrong")
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
@@ -412,8 +399,6 @@ def main():
     args = parser.parse_args()
     if min(args.crop) < 1:
         parser.error("--crop takes positive numbers")
-    if Image.registered_extensions().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
-        parser.error(f"--sheet {args.sheet}: its ending must be of a kind of pictures, as .png is")
 
     problems, shares = [], {}
     for split in ("train", "val", "test", "train_extra"):
@@ -426,12 +411,14 @@ def main():
             continue
         print(f"{split}: {len(dataset)} images")
         if args.check:
-            with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-                results = list(tqdm(pool.map(partial(examine, dataset), range(len(dataset))),
-                                    split, len(dataset), leave=False))
-            problems += [problem for problem, _ in results if problem]
-            pixels = sum(counts for _, counts in results)[: len(CLASSES)]
-            shares[split] = 100 * pixels / max(1, pixels.sum())
+            pixels = np.zeros(256)  # of each class
+            for i in tqdm(range(len(dataset)), split, leave=False):
+                try:
+                    _, label = dataset[i]
+                    pixels += np.bincount(label.flatten(), minlength=256)
+                except DataError as error:
+                    problems.append(str(error))
+            shares[split] = 100 * pixels / max(1, pixels[:VOID].sum())
     if shares:
         print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
         for i, entry in enumerate(CLASSES):
@@ -440,8 +427,7 @@ def main():
         print(*problems, sep="\n")
         sys.exit(f"cityscapes.py: {len(problems)} of the above must be mended")
     stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
-    pictures = [overlaid(*stream[k], CLASSES) for k in range(12)]
-    save_sheet(args.sheet, [pictures[k: k + 3] for k in range(0, 12, 3)], CLASSES)
+    save_sheet(args.sheet, [overlaid(*stream[k], CLASSES) for k in range(12)], 3, CLASSES)
     print(f"drew 12 training samples: {args.sheet}")
 
 

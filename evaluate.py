@@ -292,8 +292,8 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, metavar="FILE",
                         help="a checkpoint of train.py or of mmsegmentation")
-    parser.add_argument("--data", default="data/cityscapes", metavar="DIR",
-                        help="folder with leftImg8bit and gtFine (data/cityscapes)")
+    parser.add_argument("--data", default="data/cityscapes",
+                        help="where leftImg8bit and gtFine are (%(default)s)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val")
     parser.add_argument("--images", nargs="+", metavar="PATH",
                         help="predict these image files, or folders of them, instead of a split")
@@ -323,8 +323,6 @@ def parse_args():
                      "server takes")
     if args.json and (args.images or args.split == "test"):
         parser.error("--json takes scores, and there are none without labels")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"there is no folder for --json {args.json}")
     return args
 
 
@@ -340,6 +338,8 @@ def main():
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({', '.join(net.classes or ['unnamed'])}), the data set has "
                               f"{len(names)} ({', '.join(names)})")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder).mkdir(parents=True, exist_ok=True)
         if args.images and Path(folder).resolve() in [f.parent.resolve() for f in dataset.files]:
@@ -348,8 +348,7 @@ def main():
     if rank == 0 and world > 1:  # no mistake was found
         join_processes()
 
-    protocol = {"precision": args.precision, "scales": args.scales, "flip": args.flip,
-                "tile": args.tile}
+    protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
     matrix = evaluate(net, dataset, device, args.workers, args.save_ids, args.save_color,
                       **protocol)
     if world > 1:

@@ -61,17 +61,14 @@ def parse_args(device, world):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="data/cityscapes", metavar="DIR",
-        help="folder with leftImg8bit and gtFine (data/cityscapes)")
-    add("--out", default="runs/pspnet", metavar="DIR",
-        help="where results go; all machines must see it (runs/pspnet)")
+    add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
+    add("--out", default="runs/pspnet", help="where results go (%(default)s)")
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
     add("--bins", type=int, nargs="*", default=[1, 2, 3, 6], metavar="K",
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
     add("--weights", default="imagenet", metavar="imagenet|none|FILE",
         help="what the backbone starts from (imagenet, which is downloaded)")
-    add("--init", metavar="FILE",
-        help="start from a whole PSPNet, ours or mmsegmentation's, instead of --weights")
+    add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
     add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
     add("--batch-size", type=int, default=8, help="images an iteration, in all processes (8)")
@@ -94,11 +91,10 @@ def parse_args(device, world):
     add("--resume", action="store_true", help="go on from last.pt in --out, or start without one")
     args = parser.parse_args()
 
-    if min(*args.crop, *args.bins, args.batch_size, args.iters, args.val_every,
-           args.save_every) < 1 or not args.lr > 0 or args.workers < 0:
-        parser.error("numbers must be positive (--workers may be 0)")
-    if not 0 <= args.seed < 2**23:  # it becomes a part of the seed of dropout
-        parser.error("--seed takes 0 to 8388607")
+    positive = *args.crop, *args.bins, args.batch_size, args.iters, args.val_every, args.save_every
+    if min(positive) < 1 or not args.lr > 0 or args.workers < 0 or not 0 <= args.seed < 2**63:
+        parser.error("numbers must be positive (--workers and --seed may be 0), and "
+                     "--seed below 2**63")
     # The pyramid's first level gives batch norm one value per image, and it needs two: in each
     # process, or, where SyncBatchNorm joins GPUs, in all.
     least = 2 * world if device.type == "cpu" else 2
@@ -173,13 +169,13 @@ def validate(net, val_set, device, args, picture):
     scores = scores_of(matrix, val_set.classes)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"\n{format_scores(scores)}", flush=True)
-        rows = []
+        pictures = []
         for i in range(0, len(val_set), max(1, len(val_set) // 6))[:6]:
             image, label = val_set[i]
             prediction = predict(net, image.to(device), args.precision).cpu()
-            rows.append([photograph(image), colored(label, val_set.classes),
-                         colored(prediction, val_set.classes)])
-        save_sheet(picture, rows, val_set.classes)
+            pictures += [photograph(image), colored(label, val_set.classes),
+                         colored(prediction, val_set.classes)]
+        save_sheet(picture, pictures, 3, val_set.classes)
     net.train()
     return scores
 
@@ -244,8 +240,7 @@ def main():
         rate = poly_lr(step, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Dropout is a function of (seed, iteration, process) alone: 23, 28 and 12 bits.
-        torch.manual_seed(args.seed * 2**40 + step * 2**12 + rank)
+        torch.manual_seed(hash((args.seed, step, rank)))  # all that dropout depends on
 
         with autocast(device, args.precision):
             logits, aux_logits = model(image)

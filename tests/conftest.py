@@ -2,8 +2,10 @@
 a user does, in a process of its own or, faster, in this one."""
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,9 @@ sys.path.insert(0, str(SCRIPTS))
 # what several processes compute to the byte. (Besides, small networks are slower in more.)
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
+
+# A shell lets what it runs in the background ignore Ctrl-C, which the scripts would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What mmsegmentation 1.2.2 computed (with mmengine 0.10.7 and torch 2.13 or 2.14, on a CPU) on
 # weights, inputs and labels that fill.py makes from seeds. models: logits, losses, gradients;
@@ -38,6 +43,14 @@ def words_of(command, processes=1, restarts=0):
 def run_script(command, processes=1):
     """Run a script as a user does; returns the completed process, output as text."""
     return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def beside():
+    """beside(function, *arguments) returns a future and calls the function in a thread, one such
+    call after the other: scripts run on a second core while tests go on here."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool.submit
 
 
 @pytest.fixture

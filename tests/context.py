@@ -116,14 +116,14 @@ def main():
               f"{summary(car):>22}{summary(boat):>22}{summary(miou):>22}")
 
     nets = [load_net(folder_of(out, bins, seed=0) / "best.pt") for bins in PYRAMIDS]
-    scenes, rows = Cityscapes(out / "data", "val"), []
+    scenes, pictures = Cityscapes(out / "data", "val"), []
     for image, label in (scenes[i] for i in range(6)):
         predictions = [predict(net, image) for net in nets]
-        rows.append([photograph(image),
-                     *(colored(ids, scenes.classes) for ids in (label, *predictions))])
+        pictures += [photograph(image),
+                     *(colored(ids, scenes.classes) for ids in (label, *predictions))]
     names = {"terrain": "river", "bicycle": "boat"}
     legend = [entry._replace(name=names.get(entry.name, entry.name)) for entry in scenes.classes]
-    save_sheet(out / "context.png", rows, legend, width=360)
+    save_sheet(out / "context.png", pictures, 5, legend)
     print(f"the picture is {out / 'context.png'}")
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import Counter, namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,35 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("net") / "r18b.pt"
     torch.save({"meta": {"CLASSES": ("road",)}, "state_dict": net.state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs(beside, toy, checkpoint, tmp_path_factory):
+    """What runs beside the tests of this file, future by name, and the folder it writes to."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = f"evaluate.py --data {toy} --workers 0 --ckpt "
+    two = beside(run_script, f"{command} {checkpoint} --json {folder}/scores.json", 2)
+    return SimpleNamespace(
+        folder=folder, two=two, mistake=beside(run_script, f"{command} {folder}/none.pt", 2),
+        photographs=beside(predict_photographs, checkpoint, folder))
+
+
+def predict_photographs(checkpoint, folder):
+    """Predict a folder of photographs among other files; in a process of its own because it prints
+    names of another encoding, which pytest could not."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
+    photos = folder / "photos"
+    (photos / "folder").mkdir(parents=True)
+    picture.save(photos / "rgb.png")
+    picture.resize((33, 90)).save(photos / "photo.JPG")
+    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
+    picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")
+    (photos / "._rgb.png").write_bytes(b"a Mac's shadow of the file")
+    (photos / "rgb.xmp").write_text("what a program noted beside the photograph")
+    (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
+    (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
+    return run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {folder}/missing.jpg "
+                      f"--save-color {folder}/color --save-ids {folder}/ids --workers 1")
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -103,26 +133,18 @@ def png(path):
     return np.array(Image.open(path))
 
 
-@pytest.fixture(scope="module")
-def evaluated(toy, checkpoint, tmp_path_factory):
-    """What evaluate.py prints, and the folder where it wrote everything it can, for the validation
-    split."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    process = run_script(f"evaluate.py --ckpt {checkpoint} --data {toy} --save-ids {folder}/ids "
-                         f"--save-color {folder}/color --json {folder}/scores.json")
+def test_script_scores_by_the_official_rules_what_it_saves(toy, checkpoint, tmp_path, run_here):
+    folder = tmp_path
+    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --save-ids {folder}/ids "
+                       f"--save-color {folder}/color --json {folder}/new/scores.json")
     assert process.returncode == 0, process.stderr
-    return process, folder
-
-
-def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
-    process, folder = evaluated
     truths = {path.parent.name + "/" + path.name.replace("_gtFine_labelIds.png", ""): png(path)
               for path in toy.glob("gtFine/val/*/*_labelIds.png")}
     saved = {str(path.relative_to(folder / "ids"))[:-4]: png(path)
              for path in folder.glob("ids/*/*")}
     assert sorted(saved) == sorted(truths)
     official = official_scores((truths[name], saved[name]) for name in truths)
-    result = json.loads((folder / "scores.json").read_text())
+    result = json.loads((folder / "new/scores.json").read_text())
     rows = result["classes"] + [row | {"name": f"category {row['name']}"}
                                 for row in result["categories"]]
     assert {row["name"]: row["iou"] for row in rows} == {
@@ -145,14 +167,14 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, evaluated):
         assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
 
 
-def test_several_processes_give_the_scores_of_one(toy, checkpoint, evaluated, tmp_path):
+def test_several_processes_give_the_scores_of_one(toy, checkpoint, runs, tmp_path, run_here):
     """5 images, which 2 doesn't divide; the confusion matrix is among what must be identical."""
-    process = run_script(f"evaluate.py --ckpt {checkpoint} --data {toy} --workers 0 "
-                         f"--json {tmp_path}/scores.json", processes=2)
+    run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --json {tmp_path}/scores.json")
+    process = runs.two.result()
     assert process.returncode == 0, process.stderr
     assert process.stdout.count(" of 19 classes") == 1
-    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(
-        (evaluated[1] / "scores.json").read_text())
+    assert json.loads((runs.folder / "scores.json").read_text()) == json.loads(
+        (tmp_path / "scores.json").read_text())
 
 
 def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path, run_here):
@@ -251,30 +273,18 @@ def test_evaluate_predicts_by_the_protocol_and_the_script_names_it(
 # Photographs --------------------------------------------------------------------------------------
 
 
-def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(checkpoint, tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
-    photos = tmp_path / "photos"
-    (photos / "folder").mkdir(parents=True)
-    picture.save(photos / "rgb.png")
-    picture.resize((33, 90)).save(photos / "photo.JPG")
-    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
-    picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")  # a name of another encoding
-    (photos / "._rgb.png").write_bytes(b"a Mac's shadow of the file")
-    (photos / "rgb.xmp").write_text("what a program noted beside the photograph")
-    (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
-    (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
-    process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/missing.jpg"
-                         f" --save-color {tmp_path}/out --save-ids {tmp_path}/ids --workers 1")
+def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(runs):
+    process, ids = runs.photographs.result(), runs.folder / "ids"
     assert process.returncode == 1 and "Traceback" not in process.stderr
     named = [line for line in process.stderr.splitlines() if line.startswith("cannot decode")]
     assert len(named) == 4 and "evaluate.py: 4 files could not be read" in process.stderr
     for word in ("broken.png", "rgb.xmp", r"kaputt\udcfc.jpg", "missing.jpg"):
         assert any(word in line for line in named), named
-    sizes = {os.fsencode(path.stem): Image.open(path).size for path in (tmp_path / "ids").iterdir()}
+    sizes = {os.fsencode(path.stem): Image.open(path).size for path in ids.iterdir()}
     assert sizes == {b"rgb": (70, 40), b"photo": (33, 90), b"alpha": (70, 40),
                      b"stra\xdfe": (70, 40)}
-    assert len(list((tmp_path / "out").iterdir())) == 8
-    assert np.array_equal(png(tmp_path / "ids/rgb.png"), png(tmp_path / "ids/alpha.png"))
+    assert len(list((runs.folder / "color").iterdir())) == 8
+    assert np.array_equal(png(ids / "rgb.png"), png(ids / "alpha.png"))
 
 
 # Mistakes -----------------------------------------------------------------------------------------
@@ -308,7 +318,7 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"--ckpt {checkpoint} --images {tmp_path}/empty --save-ids {tmp_path}/x", "no files")
     wrong(f"{here} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b", "separate folders")
     wrong(f"{here} --save-ids {tmp_path}/file/ids", "file/ids")
-    wrong(f"{here} --json {tmp_path}/none/scores.json", "--json", "no folder")
+    wrong(f"{here} --json {tmp_path}/file/scores.json", "file")
     wrong(f"{here} --workers 0 --json {tmp_path}", "Is a directory", str(tmp_path))
     photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
     before = photograph.read_bytes()
@@ -325,11 +335,11 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"--ckpt {checkpoint} --data {void} --workers 1", f"cannot decode {image}")
 
 
-def test_a_mistake_that_process_0_sees_is_told_once(toy, tmp_path):
-    process = run_script(f"evaluate.py --ckpt {tmp_path}/none.pt --data {toy}", processes=2)
+def test_a_mistake_that_process_0_sees_is_told_once(runs):
+    process = runs.mistake.result()
     assert process.returncode != 0  # torchrun's, which adds a report of its own
     told = [line for line in process.stderr.splitlines() if "evaluate.py: " in line]
-    assert len(told) == 1 and f"No such file or directory: '{tmp_path}/none.pt'" in told[0]
+    assert len(told) == 1 and f"No such file or directory: '{runs.folder}/none.pt'" in told[0]
 
 
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):

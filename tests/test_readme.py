@@ -2,12 +2,14 @@
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, run_script
+from conftest import SCRIPTS
 from PIL import Image
+from toy_cityscapes import draw_cityscapes
 
 from pspnet import PSPNet
 
@@ -24,50 +26,48 @@ def test_the_commands_of_the_readme_are_found():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, toy, tmp_path, monkeypatch, run_here):
-    """With the toy scenes as data/cityscapes, small sizes in training, a network that was saved
-    before as best.pt, and two processes instead of eight. What is behind && runs as well."""
+def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, run_here):
+    """With toy scenes as data/cityscapes, small sizes in training, a network that was saved before
+    as best.pt, and without torchrun, whose options are those of all tests with two processes. What
+    is behind && runs as well."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/cityscapes").symlink_to(toy)
-    photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
+    root = draw_cityscapes("data/cityscapes", {"train": 4, "val": 2, "test": 1}, (32, 64))
+    photograph = next(root.glob("leftImg8bit/val/*/*.png"))
     for path in ("photo.jpg", "holiday/a.jpg"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        Image.open(photograph).save(tmp_path / path)
+        Path(path).parent.mkdir(exist_ok=True)
+        Image.open(photograph).save(path)
     net = PSPNet(backbone="resnet18")
-    (tmp_path / "runs/pspnet").mkdir(parents=True)
+    Path("runs/pspnet").mkdir(parents=True)
     torch.save({"state_dict": net.state_dict(), "model": net.arguments}, "runs/pspnet/best.pt")
-    for part in command.split("  #")[0].split("&&"):
-        words = part.split()
-        if not words:
-            continue
-        if "toy_cityscapes.py" in part:
+    command = command.replace("torchrun --standalone --nproc_per_node=8", "python")
+    for part in filter(None, map(str.split, command.split("  #")[0].split("&&"))):
+        interpreter, *words = part
+        assert interpreter == "python"
+        if "tests/toy_cityscapes.py" in words:
             words += ["--train", "3", "--val", "1", "--size", "32", "64"]
-        if "train.py" in part and "data/cityscapes" in words:
-            words += SMALL.format(tmp_path / "run").split()
-        elif "train.py" in part:  # on the toy scenes, which the command before has drawn
+        if "data/toy" in words and "train.py" in words:  # which the command before has drawn
             run_here("tests/toy_cityscapes.py data/toy --train 3 --val 1 --size 32 64")
             words += ["--iters", "2", "--crop", "32", "64"]
-        if words[0] == "torchrun":
-            process = run_script(" ".join(words[3:]), processes=2)
-        elif words[1] == "-m":
-            monkeypatch.setattr(sys, "argv", words[2:])
-            runpy.run_module(words[2], run_name="__main__")
-            continue
+        elif "train.py" in words:
+            words += SMALL.format(tmp_path / "run").split()
+        if words[0] == "-m":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            runpy.run_module(words[1], run_name="__main__")
         else:
-            process = run_here(" ".join(words[1:]))
-        assert process.returncode == 0, process.stderr
+            process = run_here(" ".join(words))
+            assert process.returncode == 0, process.stderr
 
 
-def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path):
-    """The README's lines in a copy of the scripts, on a small drawn VOC: JPEGs, palette PNGs with
-    255 at the borders, and lists of names."""
+def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, run_here):
+    """The README's lines beside copies of the two scripts, on a small drawn VOC: JPEGs, palette PNGs
+    with 255 at the borders, and lists of names."""
     (voc,) = re.findall(r"```python\n(.*?)```", README, re.S)
     before, after = re.search(r"in place of `(.*?)`: `(.*?)`", README).groups()
     (tmp_path / "voc.py").write_text(voc)
-    for name in ("pspnet.py", "cityscapes.py", "evaluate.py", "train.py"):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evaluate.py", "train.py"):
         script = (SCRIPTS / name).read_text()
-        assert script.count(f"\n{before}  #") == (name in ("evaluate.py", "train.py"))
+        assert script.count(f"\n{before}  #") == 1
         (tmp_path / name).write_text(script.replace(f"\n{before}  #", f"\n{after}  #"))
     rng, root = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -81,9 +81,9 @@ def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path):
             pixels = rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / f"JPEGImages/{name}.jpg")
     train = f"--data {tmp_path} {SMALL.format(tmp_path / 'run')}"
-    process = run_script(f"{tmp_path}/train.py {train}")
+    process = run_here(f"{tmp_path}/train.py {train}")
     assert process.returncode == 0 and "21 classes" in process.stdout, process.stderr
-    process = run_script(f"{tmp_path}/evaluate.py --ckpt {tmp_path}/run/best.pt --data {tmp_path} "
-                         f"--workers 0 --save-ids {tmp_path}/ids")
+    process = run_here(f"{tmp_path}/evaluate.py --ckpt {tmp_path}/run/best.pt --data {tmp_path} "
+                       f"--workers 0 --save-ids {tmp_path}/ids")
     assert process.returncode == 0 and "tv  " in process.stdout, process.stderr
     assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == ["c.png", "d.png"]
