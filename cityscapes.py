@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import uuid
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class Label(NamedTuple):
     id: int  # in the *_labelIds.png files, and what the test server wants
     name: str
     train_id: int  # the network's class, 0 to 18; 255 (and -1) is void: not trained, not scored
-    category: str
+    category: str  # a group of classes, scored as a whole too
     color: tuple  # red, green, blue
 
 
@@ -82,8 +83,8 @@ LABELS = (
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
 VOID = 255  # the train id of pixels without a class
-TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # -1 is void as well
-# For each train id the first label that has it; None is a gap.
+TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # -1 becomes 255
+# For each train id the first label that has it, or None.
 CLASSES = [next((label for label in LABELS if label.train_id == i), None)
            for i in range(1 + max(i for i in TRAIN_IDS.values() if i != VOID))]
 assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
@@ -97,47 +98,42 @@ class DataError(Exception):
 
 
 def open_picture(path):
-    """A decoded image file, upright, and a text with Pillow's mode and its format of the pixels in
-    the file: "L;4" is grey of 4 bits, "I;16B" of 16. Raises DataError where it cannot be decoded.
-    """
+    """A decoded image file, upright as the camera meant it, and a text with Pillow's name of the
+    pixels in the file: "L;4" is grey of 4 bits, "I;16B" of 16. Raises DataError where it cannot."""
     try:
         content = Path(path).read_bytes()
         Image.open(BytesIO(content)).verify()  # the checksums of a PNG, which decoding leaves out
-        picture = Image.open(BytesIO(content))  # again, as that one is of no more use
-        kind = f"{picture.mode} {picture.tile}"  # what load() will decode, and then forget
+        picture = Image.open(BytesIO(content))  # again, as verify() leaves nothing to decode
+        pixel_format = f"{picture.mode} {picture.tile}"  # before load(), which empties .tile
         picture.load()
     except Exception as error:  # Pillow raises almost anything, and never says which file it was
         raise DataError(f"cannot decode {path} ({error})") from error
-    try:
-        ImageOps.exif_transpose(picture, in_place=True)  # turns the pixels, then mends the metadata
-    except Exception:  # broken metadata do no harm to the pixels
-        pass
-    return picture, kind
+    with suppress(Exception):  # broken metadata do no harm to the pixels
+        ImageOps.exif_transpose(picture, in_place=True)  # turns the pixels before it mends them
+    return picture, pixel_format
 
 
 def read_image(path):
-    """RGB (3, H, W), uint8, of an image file of any mode of 8 bits, or grey of 16, whose high bytes
-    are taken. Raises DataError for a damaged file and for every other mode."""
-    picture, kind = open_picture(path)
-    if "I;16" in kind:
+    """RGB (3, H, W), uint8, of an image file with 8 bits a channel, or 16, whose high bytes are
+    taken. Raises DataError for a damaged file and for every other mode."""
+    picture, pixel_format = open_picture(path)
+    if "I;16" in pixel_format:
         picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F", "LAB"):  # 32 bits: unknown range; LAB: rare
+    if picture.mode in ("I", "F", "LAB"):  # 32 bits: of any range; LAB: not every Pillow reads it
         raise DataError(f"{path} has pixels of mode {picture.mode}: store it as RGB or grey, with "
                         "8 bits a channel")
-    if picture.mode != "RGB":
-        picture = picture.convert("RGB")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_label(path):
     """Train ids (H, W), uint8, of an image file of label ids, one channel of 8 bits. Raises
     DataError for a damaged file, another mode, and ids that are not in LABELS."""
-    picture, kind = open_picture(path)
-    if picture.mode not in ("L", "P") or "L;" in kind:  # L;1, L;2, L;4: stretched to 0..255
+    picture, pixel_format = open_picture(path)
+    # Of L;1, L;2 and L;4, grey of few bits, Pillow stretches the values to 0..255.
+    if picture.mode not in ("L", "P") or "L;" in pixel_format:
         raise DataError(f"{path} is not an image of one channel of 8 bits, as labels are: it has "
                         f"mode {picture.mode}, or fewer bits")
-    unknown = [value for value, count in enumerate(picture.histogram())
-               if count > 0 and value not in TRAIN_IDS]
+    unknown = [value for value in np.flatnonzero(picture.histogram()) if value not in TRAIN_IDS]
     if unknown:
         raise DataError(f"{path} has label ids that are not in the table of labels "
                         f"({', '.join(map(str, unknown))}): expected ids as in *_labelIds.png, "
@@ -163,7 +159,7 @@ def read_pair(image_path, label_path):
 def save_whole(content, path, temporary):
     """torch.save(content), whole or not at all: at every moment `path` is the old file or the new
     one. `temporary` is a path in the same folder. Raises OSError, which names the file."""
-    serialized = BytesIO()  # because torch.save into a file makes a RuntimeError of a full disk
+    serialized = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
     torch.save(content, serialized)
     try:
         with open(temporary, "wb") as file:
@@ -182,11 +178,10 @@ class Cityscapes(Dataset):
 
     dataset[i] -> (image, label): uint8 tensors (3, H, W), RGB, and (H, W), train ids, 255 void.
     Images are root/leftImg8bit/split/CITY/NAME_leftImg8bit.png, labels root/gtFine/split/CITY/
-    NAME_gtFine_labelIds.png (or gtCoarse), exactly so; names that begin with a dot are left out.
-    With `cache`, a folder, each pair is decoded once, into a file of 4 H W bytes there (in all 25
-    GB for train), which is mapped into memory: only what is used of it is read. Raises DataError
-    for whatever is wrong with the files, and OSError for folders that may not be read or written.
-    """
+    NAME_gtFine_labelIds.png (or gtCoarse); names that begin with a dot are left out. With `cache`,
+    a folder, each pair is decoded once, into a file of 3 H W + H W bytes there (in all 25 GB for
+    train), which is mapped into memory: only what is used of it is read. Raises DataError for
+    whatever is wrong with the files, and OSError for folders that may not be read or written."""
 
     classes = CLASSES
 
@@ -203,8 +198,8 @@ class Cityscapes(Dataset):
             raise DataError(f"there are no images {folder}/*/*{ending}: --data must be the folder "
                             "in which the official archives were unpacked, with leftImg8bit and "
                             "gtFine (or gtCoarse) in it")
-        labels = [self.paths(i)[1] for i in range(len(self))]
-        missing = [path for path in labels if path and not path.exists()]
+        label_paths = [self.paths(i)[1] for i in range(len(self))]
+        missing = [path for path in label_paths if path and not path.exists()]
         if missing:
             raise DataError(f"{len(missing)} of the {len(self)} images of {split} have no label; "
                             f"the first that is missing is {missing[0]}")
@@ -230,10 +225,10 @@ class Cityscapes(Dataset):
         paths = self.paths(i)
         if not self.cache:
             return read_pair(*paths)
-        # A changed PNG or table gets a file of its own.
+        # Named after the files, their dates and sizes, and the table: a change makes a new one.
         stats = [(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
                  for path in paths if path]
-        key = hashlib.sha256(repr((stats, TRAIN_IDS)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr((stats, TRAIN_IDS)).encode()).hexdigest()
         cached = Path(self.cache, f"{key}.pt")
         if not cached.exists():
             # Under a name of its own, as another process may write the same.
@@ -256,16 +251,14 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     saturation multiplies a color's distance from the grey of the same mean; hue turns it around
     the grey axis (degrees; red to yellow to green is positive).
 
-    mmsegmentation does the four one after the other, the last two in HSV. Brightness and contrast
-    are the same here, except for its rounding and clipping to 0..255 after each. Saturation and hue
-    are other distortions of the same strength: HSV keeps the largest of R, G and B where this keeps
-    their mean. On the photographs of CamVid saturation 1.5 moves a value by 3.0 grey levels on
-    average, to places that are 2.9 apart in the two, and hue 36 by 2.5, to places 1.6 apart.
+    mmsegmentation does the four one after the other, and clips to 0..255 after each; saturation and
+    hue in HSV, which keeps the largest of R, G and B where this keeps their mean. The strength is
+    the same: on CamVid saturation 1.5 moves a value by 3.0 grey levels on average, hue 36 by 2.5.
     """
     angle = math.radians(hue)
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
     quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # around it
-    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * quarter_turn
+    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * quarter_turn  # Rodrigues
     matrix = contrast * (grey + saturation * turn)
     return np.column_stack([matrix, matrix @ np.full(3, brightness)])
 
@@ -280,27 +273,20 @@ def window_and_size(length, crop, scale):
 
 
 class TrainingStream(Dataset):
-    """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ...: image (3, *crop_size), RGB,
-    and label (*crop_size), train ids, both uint8.
+    """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
+    (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8.
 
-    Everything random about it is a function of (seed, k), through generators seeded with [seed, 0,
-    epoch] for the order and [seed, 1, k] for the sample. So a run's data do not depend on
-    how many workers or processes read them, and a run that is resumed at sample k reads none of
-    those before. Samples 0 to N-1 are a permutation of the N images, N to 2N-1 another, and so on
-    without an end: DataLoader(stream, sampler=range(first, last)) reads some.
-
-    A sample, as in mmsegmentation 1.2.2 (RandomResize, RandomCrop, RandomFlip,
-    PhotoMetricDistortion): scale uniform in 0.5 to 2; a crop in which no class has 75 % of the
-    labelled pixels (after 10 tries the 11th is taken as it is); mirrored with probability 0.5;
-    brightness +-32, contrast and saturation 0.5 to 1.5, hue +-36 degrees (18 of OpenCV's units),
-    each with probability 0.5; missing pixels are PADDING, their labels void.
-    """
+    It is a function of (seed, k) alone. So a run's data do not depend on how many workers or
+    processes read them, and a run that is resumed at sample k reads none of those before:
+    DataLoader(stream, sampler=range(k, last)). Samples 0 to N-1 are a permutation of the N images,
+    N to 2N-1 another. The augmentation is that of mmsegmentation 1.2.2 (RandomResize, RandomCrop,
+    RandomFlip, PhotoMetricDistortion); pixels beyond the image are PADDING, their labels void."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
 
     def index(self, k):
-        """Which image of the data set sample k shows: each epoch is a permutation of its own."""
+        """Which image of the data set sample k shows."""
         epoch, position = divmod(k, len(self.dataset))
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return order[position]
@@ -310,7 +296,9 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
         scale = rng.uniform(0.5, 2.0)
         mirrored = rng.random() < 0.5
-        matrix = color_matrix(*(  # brightness, contrast, saturation, hue
+        # Brightness, contrast, saturation, hue (36 degrees are 18 of OpenCV's units), each with
+        # probability 0.5
+        matrix = color_matrix(*(
             rng.uniform(low, high) if rng.random() < 0.5 else neutral
             for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0))))
 
@@ -319,16 +307,16 @@ class TrainingStream(Dataset):
         window_height, new_height = window_and_size(height, crop_height, scale)
         window_width, new_width = window_and_size(width, crop_width, scale)
         new_size = (new_height, new_width)
-        for _ in range(11):
+        for _ in range(11):  # the 11th window is taken as it is
             top = rng.integers(height - window_height + 1)
             left = rng.integers(width - window_width + 1)
-            window = np.s_[..., top: top + window_height, left: left + window_width]
+            window = np.s_[..., top: top + window_height, left: left + window_width]  # an index
             old_label = label[window][None, None]
             new_label = F.interpolate(old_label, new_size, mode="nearest-exact")[0, 0]
             pixels = torch.bincount(new_label.flatten(), minlength=256)[:VOID]  # of each class
             if pixels.max() < 0.75 * pixels.sum():  # all void is no good either
                 break
-        # In this memory format PyTorch is twice as fast.
+        # With the channels last in memory PyTorch is twice as fast.
         old_image = image[window][None].contiguous(memory_format=torch.channels_last)
         new_image = F.interpolate(old_image, new_size, mode="bilinear")[0]
 
@@ -345,7 +333,7 @@ class TrainingStream(Dataset):
 
 
 def photograph(image):
-    """RGB (3, H, W), uint8 tensor -> a picture."""
+    """RGB (3, H, W), uint8 tensor -> a picture, that is, an image of Pillow's."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -367,16 +355,17 @@ def save_sheet(path, pictures, columns, classes):
     """Save pictures as a PNG, in rows of `columns`, above a legend of the classes. Each is put in a
     cell of 480 pixels' width that has the shape of the first picture."""
     width, height = 480, max(1, round(480 * pictures[0].height / pictures[0].width))
-    bottom, per_line = height * math.ceil(len(pictures) / columns), 4 * columns  # of the legend
+    legend_top = height * math.ceil(len(pictures) / columns)
+    per_line = columns * width // 120  # entries of the legend, of 120 x 24 pixels
     legend_height = 24 * math.ceil(len(classes) / per_line)
-    sheet = Image.new("RGB", (columns * width, bottom + legend_height))
+    sheet = Image.new("RGB", (columns * width, legend_top + legend_height))
     for i, picture in enumerate(pictures):
         scale = min(width / picture.width, height / picture.height)
         size = [max(1, round(scale * length)) for length in picture.size]
         sheet.paste(picture.resize(size), (i % columns * width, i // columns * height))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, entry in enumerate(classes):  # in fields of 120 x 24 pixels
-        x, y = 120 * (i % per_line), bottom + 24 * (i // per_line)
+    for i, entry in enumerate(classes):
+        x, y = 120 * (i % per_line), legend_top + 24 * (i // per_line)
         draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
         draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
     sheet.save(path, "PNG")
@@ -411,7 +400,7 @@ def main():
             continue
         print(f"{split}: {len(dataset)} images")
         if args.check:
-            pixels = np.zeros(256)  # of each class
+            pixels = np.zeros(256)  # by train id
             for i in tqdm(range(len(dataset)), split, leave=False):
                 try:
                     _, label = dataset[i]

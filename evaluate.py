@@ -39,11 +39,10 @@ def autocast(device, precision):
 
 
 def tile_starts(length, tile):
-    """Where tiles of `tile` pixels that cover `length` pixels begin: two thirds of a tile apart
-    (rounded up), so that about a third overlaps; the last ends with the image."""
+    """Where tiles of `tile` pixels begin that cover `length` pixels, as many or more: two thirds of
+    a tile apart (rounded up), as in the authors' code; the last ends with the image."""
     stride = math.ceil(tile * 2 / 3)
-    steps = math.ceil((length - tile) / stride)
-    return [min(i * stride, length - tile) for i in range(steps + 1)]
+    return [*range(0, length - tile, stride), length - tile]
 
 
 def tiled_probabilities(net, image, tile):
@@ -55,7 +54,7 @@ def tiled_probabilities(net, image, tile):
     count = torch.zeros(height, width, device=image.device)  # tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
-            inside = (..., slice(top, top + tile_height), slice(left, left + tile_width))
+            inside = np.s_[..., top: top + tile_height, left: left + tile_width]
             logits, _ = net(image[inside][None])
             total[inside] += logits[0].softmax(dim=0)
             count[inside] += 1
@@ -65,13 +64,12 @@ def tiled_probabilities(net, image, tile):
 @torch.inference_mode()
 def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
     """The train id of every pixel: image (3, H, W), uint8 RGB, on the device of net -> (H, W),
-    uint8, on it too. `precision` is that of the network, "fp32", "bf16" or "fp16".
+    uint8, on it too. `precision` is that of the network, see `autocast`.
 
     With several scales, or with flip (each scale also mirrored), the class probabilities of all of
     them are averaged at the size of the image, as mmsegmentation's test-time augmentation does.
-    With tile = (height, width) the network sees such tiles of the scaled images, as in the authors'
-    code (hszhao/semseg, tool/test.py; unlike there, images smaller than a tile are not padded).
-    """
+    With tile = (height, width) the network sees such tiles of the scaled images, as in the code of
+    PSPNet's authors (hszhao/semseg, tool/test.py, which pads images smaller than a tile)."""
     size = image.shape[1:]
     total = 0
     for scale in scales:
@@ -82,15 +80,13 @@ def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
                 view = F.interpolate(image[None].float(), scaled, mode="bilinear")[0]
             if mirrored:
                 view = view.flip(2)
-            with autocast(image.device, precision):
-                scores = tiled_probabilities(net, view, tile) if tile else net(view[None])[0][0]
+            with autocast(image.device, precision):  # logits (C, H, W), or with tiles probabilities
+                output = tiled_probabilities(net, view, tile) if tile else net(view[None])[0][0]
             if mirrored:
-                scores = scores.flip(2)
+                output = output.flip(2)
             if scale != 1:
-                scores = F.interpolate(scores[None], size, mode="bilinear")[0]
-            if not tile:  # tiles are probabilities already
-                scores = scores.softmax(dim=0)
-            total = total + scores
+                output = F.interpolate(output[None], size, mode="bilinear")[0]
+            total = total + (output if tile else output.softmax(dim=0))
     return total.max(dim=0).indices.byte()  # on a CPU several times as fast as argmax
 
 
@@ -100,29 +96,25 @@ def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
 def confusion(label, prediction, num_classes):
     """Pixels by truth (row) and prediction (column): train ids, uint8, both of the same shape ->
     (num_classes, num_classes), int64. Void in the label is left out."""
-    pairs = label.int() * num_classes + prediction
+    pairs = label.int() * num_classes + prediction  # int, because uint8 would overflow
     counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes)
-    return counts.view(256, num_classes)[:num_classes]  # row 255 is void
+    return counts.view(256, num_classes)[:num_classes]  # without void, row 255
 
 
 def intersection_over_union(matrix):
-    """Of each class, from pixels by truth and prediction: NaN for one that is in neither."""
+    """Of each class, from pixels by truth and prediction: NaN (0/0) for one that is in neither."""
     return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
 
 
 def scores_of(matrix, classes):
-    """The figures of the benchmark and of mmsegmentation, from a matrix of `confusion`.
-
-    Returns a dict, all between 0 and 1: "miou", "mean_accuracy", "category_miou", "pixel_accuracy",
-    "classes", a list of dicts with "name", "iou", "accuracy", and "categories" with "name", "iou".
-    A class that is neither in the truth nor in the predictions has no IoU, one that is not in the
-    truth has no accuracy: they are None, and the means leave them out. Source: cityscapesScripts
-    2.3.0, evaluation/evalPixelLevelSemanticLabeling.py; mmsegmentation 1.2.2, IoUMetric.
-    Raises DataError where the matrix is empty.
-    """
+    """The figures of the benchmark and of mmsegmentation, from a matrix of `confusion` on the CPU:
+    a dict (see its last lines) of shares, 0 to 1. A class that is neither in the truth nor in the
+    predictions has no IoU, one that is not in the truth no accuracy: they are None, and the means
+    leave them out. Source: cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py;
+    mmsegmentation 1.2.2, IoUMetric. Raises DataError where all pixels were void."""
     if not matrix.any():
         raise DataError("there is nothing to score: every pixel of the labels is void")
-    matrix = matrix.cpu().double()
+    matrix = matrix.double()
     iou, accuracy = intersection_over_union(matrix), matrix.diag() / matrix.sum(dim=1)
     categories = list(dict.fromkeys(entry.category for entry in classes))  # unique, in order
     # (classes, categories), 0 or 1: a product with it adds up what belongs to each category
@@ -166,26 +158,26 @@ def format_scores(scores):
 
 def this_process():
     """(device, rank, world): the GPU (or other accelerator, or the CPU) of this process, its number
-    and how many there are, as torchrun says in the environment; without torchrun there is one.
-    Ends the process where this machine has fewer GPUs than processes.
-    """
+    and how many there are, as torchrun says in the environment; without torchrun there is one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cpu":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # "local": on this machine
         devices = torch.accelerator.device_count()
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > devices:
-            sys.exit(1 if rank > 0 else f"there are more processes than the {devices} GPUs of this "
-                     f"machine: type torchrun --nproc_per_node={devices}")
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.accelerator.set_device_index(device.index)
+            sys.exit(1 if local_rank > 0 else f"there are more processes than the {devices} GPUs "
+                     f"of this machine: type torchrun --nproc_per_node={devices}")
+        device = torch.device(device.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
     return device, rank, world
 
 
-def join_processes():
-    """Join the other processes, and wait until all have joined. Process 0 comes last, when it has
-    looked for mistakes: so they are told once, and nothing is downloaded twice."""
-    dist.init_process_group()
-    dist.barrier()  # because on GPUs the line before doesn't wait
+def join_processes(world):
+    """Wait until all `world` processes have called this. Process 0 does so last, when it has looked
+    for mistakes: so they are told once, and nothing is downloaded twice."""
+    if world > 1:
+        dist.init_process_group()
+        dist.barrier()  # because on GPUs the line before doesn't wait
 
 
 def share_of_cores(most):
@@ -194,10 +186,20 @@ def share_of_cores(most):
     return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def sentence_of(error):
-    """The text of an error for people. That of a DataLoader's worker comes as its whole traceback,
-    of which the last line is the sentence."""
-    return str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
+def run(main):
+    """Call main. A mistake of the user's ends the script with one sentence, every other error with
+    its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names in another encoding
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (OSError, DataError, CheckpointError) as error:
+        # From a DataLoader's worker it comes as a traceback, whose last line is the sentence.
+        sentence = str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
+        sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it
 
 
 def evaluate(net, dataset, device, workers=4, ids_folder=None, color_folder=None, **protocol):
@@ -206,23 +208,21 @@ def evaluate(net, dataset, device, workers=4, ids_folder=None, color_folder=None
 
     Process r of w has the images r, r + w, r + 2 w, ...: each is seen exactly once. `net` is the
     plain network (DistributedDataParallel would send its buffers around in each forward), and is
-    left in eval mode; `protocol` are the arguments of `predict`, the folders of `save_prediction`.
-    """
+    left in eval mode; `protocol` goes to `predict`, the folders to `save_prediction`."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank, len(dataset), world)
-    loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers,  # one by one
-                        pin_memory=device.type != "cpu")
+    loader = DataLoader(Subset(dataset, share), num_workers=workers, batch_size=None)  # one by one
     bar = tqdm(loader, "evaluating", unit=" images", leave=False,
                disable=None if rank == 0 else True)  # None: in a terminal only
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for n, (image, label) in enumerate(bar):
-        prediction = predict(net, image.to(device, non_blocking=True), **protocol)
-        matrix += confusion(label.to(device, non_blocking=True), prediction, num_classes)
+    for i, (image, label) in zip(share, bar, strict=True):
+        prediction = predict(net, image.to(device), **protocol)
+        matrix += confusion(label.to(device), prediction, num_classes)
         if ids_folder or color_folder:
-            save_prediction(prediction.cpu(), image, dataset.name(share[n]), dataset.classes,
-                            ids_folder, color_folder)
+            save_prediction(prediction.cpu(), image, dataset.name(i), dataset.classes, ids_folder,
+                            color_folder)
     if dist.is_initialized():
         dist.all_reduce(matrix)
     return matrix.cpu()
@@ -233,8 +233,7 @@ def save_prediction(prediction, image, name, classes, ids_folder, color_folder):
 
     ids_folder/NAME.png: label ids, one channel, as the test server of Cityscapes takes them (train
     ids where the classes have no `id`); color_folder/NAME_color.png and NAME_overlay.png: the
-    colors, alone and over the photograph. Raises OSError.
-    """
+    colors, alone and over the photograph. Raises OSError."""
     for folder in filter(None, (ids_folder, color_folder)):
         Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
     if ids_folder:
@@ -255,11 +254,9 @@ class Photographs(Dataset):
     def __init__(self, paths):
         self.files, self.problems, names = [], [], {}
         for path in map(Path, paths):
-            visible = [path]
-            if path.is_dir():
-                visible = [file for file in sorted(path.iterdir())
-                           if file.is_file() and not file.name.startswith(".")]
-            for file in visible:
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                if file != path and (file.name.startswith(".") or not file.is_file()):
+                    continue
                 try:
                     read_image(file)
                 except DataError as error:
@@ -282,9 +279,6 @@ class Photographs(Dataset):
 
     def name(self, i):
         return self.files[i].stem
-
-
-# python evaluate.py -----------------------------------------------------------------------------
 
 
 def parse_args():
@@ -311,18 +305,17 @@ def parse_args():
                         help="processes that decode images, for each GPU (4, or its share)")
     args = parser.parse_args()
 
-    if min(args.scales + (args.tile or [])) <= 0 or args.workers < 0:
+    numbers = args.scales + (args.tile or [])
+    if not all(0 < number < math.inf for number in numbers) or args.workers < 0:
         parser.error("--scales and --tile take positive numbers, --workers 0 or more")
     folders = [os.path.realpath(folder) for folder in (args.save_ids, args.save_color) if folder]
     if len(folders) == 2 and os.path.commonpath(folders) in folders:  # one is in the other
         parser.error("--save-ids and --save-color must be separate folders: the benchmark takes "
                      "one PNG per image from a folder and all folders in it")
-    if (args.images or args.split == "test") and not folders:
+    if (args.images or args.split == "test") and (args.json or not folders):
         parser.error("there is nothing to score: photographs have no labels, and those of the test "
-                     "split are withheld: add --save-color DIR, or --save-ids DIR, which the test "
-                     "server takes")
-    if args.json and (args.images or args.split == "test"):
-        parser.error("--json takes scores, and there are none without labels")
+                     "split are withheld: leave out --json, and add --save-color DIR, or "
+                     "--save-ids DIR, which the test server takes")
     return args
 
 
@@ -330,10 +323,11 @@ def main():
     args = parse_args()
     device, rank, world = this_process()
     if rank > 0:
-        join_processes()
+        join_processes(world)
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
     dataset = Photographs(args.images) if args.images else Cityscapes(args.data, args.split)
-    names = [entry.name for entry in dataset.classes]  # net.classes is None where it is not known
+    names = [entry.name for entry in dataset.classes]
+    # mmsegmentation's checkpoints do not tell the names.
     if net.arguments["num_classes"] != len(names) or net.classes not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({', '.join(net.classes or ['unnamed'])}), the data set has "
@@ -345,18 +339,17 @@ def main():
         if args.images and Path(folder).resolve() in [f.parent.resolve() for f in dataset.files]:
             raise DataError(f"predictions in {folder} could overwrite the photographs there: give "
                             "another folder to --save-ids and --save-color")
-    if rank == 0 and world > 1:  # no mistake was found
-        join_processes()
+    if rank == 0:  # no mistake was found
+        join_processes(world)
 
     protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
     matrix = evaluate(net, dataset, device, args.workers, args.save_ids, args.save_color,
                       **protocol)
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
         return
     if args.save_ids or args.save_color:
-        print(f"predicted {len(dataset)} images: {args.save_ids or args.save_color}")
+        folders = " and ".join(filter(None, (args.save_ids, args.save_color)))
+        print(f"predicted {len(dataset)} images: {folders}")
     if args.images and dataset.problems:
         print(*dataset.problems, sep="\n", file=sys.stderr)
         sys.exit(f"evaluate.py: {len(dataset.problems)} files could not be read")
@@ -364,10 +357,7 @@ def main():
         return
     scores = scores_of(matrix, dataset.classes)
     print(format_scores(scores))
-    tiles = f"tiles of {args.tile[0]}x{args.tile[1]}" if args.tile else "whole images"
-    print(f"{len(dataset)} images of {args.split}, {tiles}, scales "
-          f"{' '.join(map(str, args.scales))}, {'with' if args.flip else 'no'} flip, "
-          f"{args.precision}")
+    print(f"{len(dataset)} images of {args.split}, {protocol}")
     if args.json:
         Path(args.json).write_text(json.dumps(
             {"checkpoint": args.ckpt, "model": net.arguments, "split": args.split,
@@ -376,10 +366,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names in another encoding
-    try:
-        main()
-    except (OSError, DataError, CheckpointError) as error:
-        sys.exit(f"evaluate.py: {sentence_of(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

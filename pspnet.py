@@ -1,15 +1,16 @@
 """PSPNet, the Pyramid Scene Parsing Network (H. Zhao et al., CVPR 2017, arXiv:1612.01105).
 
     net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
-    logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
+    logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W);
+                                      # aux_logits: a second classifier's, for the training loss
     net = load_net("best.pt")         # from train.py, or one of mmsegmentation's published files
 
     python pspnet.py                  # parameters, GFLOPs, and a check that the head is exact
 
-A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1, 4, 9 and 36
-regions that tells every position what scene it is in, and a classifier. The names of the weights
-and what is computed are mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64), for a
-fifth less arithmetic: `PyramidHead` explains how, and why that is exact.
+A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1x1, 2x2, 3x3
+and 6x6 regions that tells every position what scene it is in, and a classifier. The names of the
+weights and what is computed are mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64),
+for a fifth less arithmetic in all: `PyramidHead` explains how, and why that is exact.
 """
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-# The backbone: a ResNet (He et al., CVPR 2016) of output stride 8 -------------------------------
+# The backbone -----------------------------------------------------------------------------------
 
 
 def shortcut(in_channels, out_channels, stride):
-    """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm;
-    named `downsample` in the blocks, as in the files of weights."""
+    """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
+    blocks call it `downsample`, as the files of weights do, whatever the stride."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
     H/stride, W/stride). Only the first convolution is dilated, as in mmsegmentation."""
 
-    expansion = 1
+    expansion = 1  # output channels by `channels`
 
     def __init__(self, in_channels, channels, stride=1, dilation=1):
         super().__init__()
@@ -85,7 +86,7 @@ class Bottleneck(nn.Module):
 
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks per stage, ImageNet weights; V1c has another stem
+BACKBONES = {  # block, blocks per stage, ImageNet weights; V1c has another stem, see ResNet
     "resnet18": (BasicBlock, (2, 2, 2, 2), TORCHVISION + "resnet18-f37072fd.pth"),
     "resnet50": (Bottleneck, (3, 4, 6, 3), TORCHVISION + "resnet50-0676ba61.pth"),
     "resnet101": (Bottleneck, (3, 4, 23, 3), TORCHVISION + "resnet101-63fe2227.pth"),
@@ -96,14 +97,15 @@ BACKBONES = {  # block, blocks per stage, ImageNet weights; V1c has another stem
 
 
 class ResNet(nn.Module):
-    """Normalised images (B, 3, H, W) -> stage 3 (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8,
-    W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 round up.
+    """A ResNet (He et al., CVPR 2016) of output stride 8: normalised images (B, 3, H, W) -> stage 3
+    (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8, W/8), where e is the block's expansion, 1 or 4,
+    and H/8 and W/8 round up.
 
-    In the original stages 3 and 4 each halve the resolution. Here they have stride 1, and their 3x3
-    convolutions are dilated by 2 and 4, so that they reach as far in the image as their ImageNet
-    weights are used to. The first block of such a stage keeps the dilation of the stage before,
-    because its input has the spacing of that stage (as in torchvision and mmsegmentation).
-    "V1c" is a stem of three 3x3 convolutions instead of one 7x7. Names are those in the files.
+    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution as well. Here they
+    have stride 1, and their 3x3 convolutions are dilated by 2 and 4, so that they reach as far in
+    the image as their ImageNet weights are used to. The first block of such a stage keeps the
+    dilation of the stage before, because its input has the spacing of that stage (as in torchvision
+    and mmsegmentation). "V1c" is a stem of three 3x3 convolutions instead of one 7x7.
     """
 
     def __init__(self, name):
@@ -121,7 +123,8 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         def stage(in_channels, channels, depth, stride=1, dilation=1):
-            blocks = [block(in_channels, channels, stride, max(1, dilation // 2))]
+            before = max(1, dilation // 2)  # the dilation of the stage before: 1, 1, 1, 2
+            blocks = [block(in_channels, channels, stride, before)]
             in_channels = channels * block.expansion
             blocks += [block(in_channels, channels, 1, dilation) for _ in range(depth - 1)]
             return nn.Sequential(*blocks)
@@ -134,42 +137,39 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = self.stem(x) if self.deep_stem else F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer2(self.layer1(self.maxpool(x)))
+        x = self.layer2(self.layer1(self.maxpool(x)))  # the stem, maxpool and layer2 halve H and W
         stage3 = self.layer3(x)
         return stage3, self.layer4(stage3)
 
 
-# Pooling and upsampling as matrix products ------------------------------------------------------
-#
-# `PyramidHead.forward` needs the matrices. Elsewhere they are faster than PyTorch's functions on a
-# CPU, and repeat on CUDA, where the gradients of those functions are documented as
-# nondeterministic (torch.use_deterministic_algorithms).
+# Pooling and stretching as matrix products ------------------------------------------------------
 
 
-def matrix_of(linear_map, length, like):
-    """The matrix of a linear map of `length` numbers: its columns are what it makes of the unit
-    vectors. linear_map: (1, length, length), a vector per row -> (1, length, n).
-    Returns (1, 1, n, length), of the dtype and on the device of `like`."""
+def unit_vectors(length, like):
+    """(1, length, length), on the device of `like`: what a linear function makes of row i is column
+    i of its matrix."""
     dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would round positions
-    units = torch.eye(length, dtype=dtype, device=like.device)[None]
-    return linear_map(units).mT.to(like.dtype)[None]
+    return torch.eye(length, dtype=dtype, device=like.device)[None]
 
 
 def pooling_matrix(cells, length, like):
     """P, (1, 1, cells, length), of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h,
     w) by regions. They overlap where `cells` doesn't divide `length`, as in adaptive_avg_pool2d."""
-    return matrix_of(lambda units: F.adaptive_avg_pool1d(units, cells), length, like)
+    pooled = F.adaptive_avg_pool1d(unit_vectors(length, like), cells)
+    return pooled.mT.to(like.dtype)[None]
 
 
 def interpolation_matrix(cells, length, like):
     """R, (1, 1, length, cells), of linear interpolation: R_h @ p @ R_w.mT stretches p (B, C, k, l)
     bilinearly to h x w (align_corners=False)."""
-    return matrix_of(lambda units: F.interpolate(units, length, mode="linear"), cells, like)
+    stretched = F.interpolate(unit_vectors(cells, like), length, mode="linear")
+    return stretched.mT.to(like.dtype)[None]
 
 
 def upsample(x, size):
     """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast,
-    because the loss is computed from it."""
+    because the loss is computed from it. (F.interpolate is slower on a CPU, and on CUDA its
+    gradient is nondeterministic; see torch.use_deterministic_algorithms.)"""
     device = "cpu" if x.is_meta else x.device.type  # "meta", shapes without values, has no autocast
     with torch.autocast(device, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -181,32 +181,27 @@ def upsample(x, size):
 # The heads --------------------------------------------------------------------------------------
 
 
-class ConvBNReLU(nn.Module):
-    """Convolution of stride 1 that keeps the size, batch norm, ReLU."""
+class ConvBNReLU(nn.Sequential):
+    """Convolution of stride 1 that keeps the size, batch norm, ReLU, in this order."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        self.relu = nn.ReLU(inplace=True)
 
 
 def three_shifts(matrix):
-    """(1, 1, n, k) -> (1, 1, n, 3k): as the three taps of a convolution see the rows. Row i of the
-    result is rows i - 1, i and i + 1 side by side, with zeros beyond the first and the last."""
-    padded = F.pad(matrix, (0, 0, 1, 1))
+    """R, (1, 1, n, k) -> [R_0 R_1 R_2] of step 4 below, (1, 1, n, 3k): row i of the result is rows
+    i - 1, i and i + 1 side by side, with zeros beyond the first and the last."""
+    padded = F.pad(matrix, (0, 0, 1, 1))  # a row of zeros above and below
     return torch.cat([padded[:, :, :-2], padded[:, :, 1:-1], padded[:, :, 2:]], dim=3)
 
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> (B, num_classes, h,
-    w). `bins` are the levels: k averages x over k x k regions; bins=() leaves the pyramid out.
-
-    `textbook_forward` is what the paper says, `forward` computes the same with less arithmetic.
-    """
+    w). `bins` are the levels: k averages x over k x k regions; bins=() leaves the pyramid out."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -221,25 +216,26 @@ class PyramidHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def textbook_forward(self, x):
-        """Each level averages x, has a 1x1 convolution, batch norm and ReLU, and is stretched to
-        h x w; a 3x3 convolution reads the stack of x and the levels, 4096 channels in ResNet-50."""
+        """As in the paper: each level averages x, has a 1x1 convolution, batch norm and ReLU, and
+        is stretched to h x w; a 3x3 convolution reads the stack of x and the levels (in ResNet-50
+        2048 + 4 * 512 channels)."""
         stretched = [F.interpolate(level(x), x.shape[-2:], mode="bilinear", align_corners=False)
                      for level in self.psp_modules]
         y = self.bottleneck(torch.cat([x, *stretched], dim=1))
         return self.conv_seg(self.dropout(y))
 
     def forward(self, x):
-        """The same without stretching anything.
+        """The same with less arithmetic: channels are mixed before they are stretched.
 
         Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9 and 36 cells.
-        Call p_k the k x k cells of level k, after their ReLU. What is
-        between the p_k and the batch norm after the 3x3 convolution is linear, and is rewritten:
+        Call p_k the k x k cells of level k, after their ReLU. What is between the p_k and the batch
+        norm after the 3x3 convolution is linear, and is rewritten:
 
         1. A convolution of a stack is the sum of one convolution per part, each with its own slice
            of the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
            The next two steps are about one level, and leave out its k.
-        2. Stretching acts on rows and columns of each channel p_i: stretched p_i = R p_i S^T with R
-           (h, k) and S (w, k) from `interpolation_matrix`.
+        2. Stretching acts on rows and columns of each channel i of p: it makes R p_i S^T of p_i,
+           with R (h, k) and S (w, k) from `interpolation_matrix`.
         3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
            u and v = 0, 1, 2. At (r, c) a copy shows the input at (r + u - 1, c + v - 1), and
            output channel o mixes its channels i by W[o, i, u, v]. Mixing channels and moving
@@ -248,11 +244,9 @@ class PyramidHead(nn.Module):
            where row r of R_u is row r + u - 1 of R, or zeros where R has no such row: they are the
            zero padding of the convolution. S_v likewise.
         4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures
-           as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two.
-           Then the sum over the levels is one product as well: the left factors stand side by
-           side, the right ones below each other, and between h and w stand 3 (1 + 2 + 3 + 6) = 36.
-
-        Nothing is approximated, and the weight remains one tensor, as in the files.
+           as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two;
+           then the sum over the levels is one product as well: the left factors stand side by
+           side, the right ones below each other, and 3 (1 + 2 + 3 + 6) = 36 numbers lie between.
         """
         parts = [x.shape[1]] + [self.bottleneck.conv.out_channels] * len(self.bins)
         weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
@@ -272,15 +266,15 @@ class PyramidHead(nn.Module):
                 self.bins, strips.split(self.bins, dim=2), self.psp_modules, weights, strict=True):
             means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
             p = conv_bn_relu(means)  # (B, channels, k, k)
-            # o, i: channels out and in; u, v: taps of the kernel; r, c: rows and columns of cells
-            mixtures = torch.einsum("oiuv,birc->bourvc", weight, p)
+            # o, i: channels out and in; u, v: taps of the kernel; m, n: rows and columns of cells
+            mixtures = torch.einsum("oiuv,bimn->boumvn", weight, p)
             blocks = mixtures.reshape(*mixtures.shape[:2], 3 * k, 3 * k)
             lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
             rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
         return torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
 
 
-class AuxiliaryHead(nn.Module):
+class AuxiliaryHead(nn.Sequential):
     """A classifier on stage 3, which helps to train the deep network (section 3.3, figure 4):
     x (B, C, h, w) -> (B, num_classes, h, w)."""
 
@@ -291,21 +285,15 @@ class AuxiliaryHead(nn.Module):
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, x):
-        return self.conv_seg(self.dropout(self.convs(x)))
-
-
-# The network ------------------------------------------------------------------------------------
-
 
 class PSPNet(nn.Module):
-    """The whole network; `backbone` is a name in BACKBONES, `bins` are the levels of the pyramid
-    (the paper's table 1 compares some; bins=() leaves the pyramid out).
+    """The whole network; `backbone` is a name in BACKBONES, `bins` as in PyramidHead (the paper's
+    table 1 compares some).
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W; the network normalises them itself. Both logits: (B, num_classes, H, W), float;
-    aux_logits is None in eval mode, where nobody uses it. In train mode B must be 2 or more, as the
-    1x1 level of the pyramid gives batch norm one value per image.
+    aux_logits is None in eval mode, where nobody uses it. In train mode B must be 2 or more where 1
+    is among the bins, as that level gives batch norm one value per image.
 
     Weights start at random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan
     out, classifiers N(0, 0.01^2) with bias 0, and 0 for the last batch norm of each residual block.
@@ -336,8 +324,8 @@ class PSPNet(nn.Module):
         return logits, aux_logits
 
     def normalize(self, images):
-        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype. MEAN
-        and STD stay Python's numbers: to make tensors of them in each call would stall a GPU."""
+        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN
+        and STD stay Python's numbers: tensors would have to be copied to a GPU in each call.)"""
         dtype = self.decode_head.conv_seg.weight.dtype
         return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
@@ -357,7 +345,7 @@ def read_checkpoint(path):
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file makes torch.load raise almost anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            if "GLOBAL " in reason:  # the name of a class follows
+            if "GLOBAL " in reason:  # PyTorch's text, in which the name of a class follows
                 reason = (f"it holds {reason.partition('GLOBAL ')[2].split()[0]}, which is code: "
                           "save {'state_dict': ...} alone, with the program that wrote the file")
             raise CheckpointError(f"{path} cannot be read as tensors and plain Python; get it "
@@ -365,7 +353,8 @@ def read_checkpoint(path):
 
 
 def shapes(state):
-    """name -> shape in a state dict, except batch norm's counters, which older files lack."""
+    """name -> shape in a state dict, except batch norm's counters, which older files lack. (The
+    dictionary of another program may hold anything.)"""
     return {name: getattr(value, "shape", None) for name, value in state.items()
             if not str(name).endswith("num_batches_tracked")}
 
@@ -390,7 +379,7 @@ def load_net(path):
     stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
     state, checkpoint = read_weights(path)
-    config = str(checkpoint.get("meta"))  # mmsegmentation keeps the text of its configuration there
+    config = str(checkpoint.get("meta"))  # where mmsegmentation keeps the text of its configuration
     for setting in ("strides=(1, 2, 2, 2)", "align_corners=True"):
         if setting in config:
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
@@ -398,11 +387,11 @@ def load_net(path):
     if "model" in checkpoint:
         candidates = [checkpoint["model"]]
     else:
-        shape = shapes(state).get("decode_head.conv_seg.bias") or [1]  # 1 class fits no file
+        shape = shapes(state).get("decode_head.conv_seg.bias") or [1]  # without it nothing fits
         candidates = [{"num_classes": shape[0], "backbone": backbone} for backbone in BACKBONES]
     for arguments in candidates:
         try:
-            with torch.device("meta"):  # names and shapes without values
+            with torch.device("meta"):  # a device of PyTorch: names and shapes without values
                 net = PSPNet(**arguments)
         except Exception as error:  # the "model" of another program
             raise CheckpointError(f"{path}: its 'model', {arguments}, is no PSPNet") from error
@@ -416,17 +405,15 @@ def load_net(path):
 
 
 def load_backbone(net, weights):
-    """Put the weights of an ImageNet classifier into net.backbone.
-
-    `weights` is "imagenet", for the file in BACKBONES (kept in torch.hub's cache once downloaded),
-    or a path. Raises CheckpointError where they cannot be had or belong to another backbone.
-    """
+    """Put the weights of an ImageNet classifier into net.backbone: from the path `weights`, or, if
+    that is "imagenet", from the file in BACKBONES, kept in torch.hub's cache once downloaded.
+    Raises CheckpointError where they cannot be had or belong to another backbone."""
     backbone = net.arguments["backbone"]
     if weights == "imagenet":
         url = BACKBONES[backbone][-1]
         weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
         if not weights.exists():
-            hash_prefix = weights.stem.rpartition("-")[2]
+            hash_prefix = weights.stem.rpartition("-")[2]  # the name ends in digits of its SHA-256
             try:
                 weights.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, weights, hash_prefix)  # whole or not at all
@@ -442,9 +429,6 @@ def load_backbone(net, weights):
     net.backbone.load_state_dict(state)
 
 
-# python pspnet.py -------------------------------------------------------------------------------
-
-
 def count_gflops(net, shape):
     """10^9 floating-point operations, two per multiply-add, of the forward of images of this shape,
     by a net on the device "meta", which has shapes without values."""
@@ -453,25 +437,21 @@ def count_gflops(net, shape):
     return counter.get_total_flops() / 1e9
 
 
-def main():
-    with torch.device("meta"):
-        large = PSPNet().eval()
+if __name__ == "__main__":
     net = PSPNet().double().eval()
     image = torch.randint(256, (1, 3, 128, 256), dtype=torch.uint8)
-    gflops, logits = [], []
-    for head in ("forward", "textbook_forward"):
-        for network in (large, net):
-            network.decode_head.forward = getattr(network.decode_head, head)
-        gflops.append(count_gflops(large, (1, 3, 512, 1024)))
-        with torch.inference_mode():
-            logits.append(net(image)[0])
+    with torch.device("meta"):
+        weightless = PSPNet().eval()
+    with torch.inference_mode():
+        exact, _ = net(image)
+        exact_gflops = count_gflops(weightless, (1, 3, 512, 1024))
+        for network in (net, weightless):
+            network.decode_head.forward = network.decode_head.textbook_forward
+        textbook, _ = net(image)
+        textbook_gflops = count_gflops(weightless, (1, 3, 512, 1024))
     parameters = sum(p.numel() for p in net.parameters())
     print(f"PSPNet with {net.arguments['backbone']}: {parameters:,} parameters")
-    print(f"GFLOPs for an image of 512x1024: exact head {gflops[0]:.0f}, textbook's "
-          f"{gflops[1]:.0f}, ratio {gflops[0] / gflops[1]:.3f}")
-    print(f"a random image of 128x256 in float64: logits up to {logits[1].abs().max():.2g}, "
-          f"largest difference between the heads {(logits[0] - logits[1]).abs().max():.2g}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"GFLOPs for an image of 512x1024: exact head {exact_gflops:.0f}, textbook's "
+          f"{textbook_gflops:.0f}, ratio {exact_gflops / textbook_gflops:.3f}")
+    print(f"a random image of 128x256 in float64: logits up to {textbook.abs().max():.2g}, "
+          f"largest difference between the heads {(exact - textbook).abs().max():.2g}")

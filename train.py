@@ -12,8 +12,8 @@ on a GPU. README.md lists how that recipe differs from the paper's. The folder -
     log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be ended at any moment by anything, and loses what came after last.pt. Resumed, it goes on
-as if nothing had happened: the same samples, dropout, learning rate and momentum.
+A run may be ended at any moment by anything, and loses what came after last.pt. Resumed with as
+many processes, it goes on as if nothing had happened: the same samples, dropout and momentum.
 """
 import argparse
 import json
@@ -26,22 +26,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import (VOID, DataError, TrainingStream, colored, photograph, save_sheet,
-                        save_whole)
-from evaluate import (autocast, evaluate, format_scores, join_processes, predict, scores_of,
-                      sentence_of, share_of_cores, this_process)
+from cityscapes import VOID, DataError, TrainingStream, colored, photograph, save_sheet, save_whole
+from evaluate import (autocast, evaluate, format_scores, join_processes, predict, run, scores_of,
+                      share_of_cores, this_process)
 from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
 
 
 def poly_lr(step, iters, base_lr=0.01):
     """The learning rate of iteration `step`, 0 to iters - 1: from base_lr down to base_lr / 100 in
-    the last, with power 0.9 (the paper's section 5.1; mmengine 0.10.7, PolyLR)."""
+    the last (in the paper's section 5.1 to 0), with power 0.9 (mmengine 0.10.7, PolyLR)."""
     end_lr = base_lr / 100
     return end_lr + (base_lr - end_lr) * (1 - step / max(1, iters - 1)) ** 0.9
 
@@ -49,9 +47,8 @@ def poly_lr(step, iters, base_lr=0.01):
 def segmentation_loss(logits, label):
     """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
 
-    The sum over the labelled pixels is divided by ALL pixels (mmsegmentation's avg_non_ignore=
-    False): a crop that is all void gives 0, not 0/0, and the mean over processes is that over all.
-    """
+    Void counts as 0 in the mean over ALL pixels (mmsegmentation's avg_non_ignore=False): a crop
+    that is all void gives 0, not 0/0, and each process weighs the same in the mean over all."""
     return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
 
 
@@ -95,12 +92,13 @@ def parse_args(device, world):
     if min(positive) < 1 or not args.lr > 0 or args.workers < 0 or not 0 <= args.seed < 2**63:
         parser.error("numbers must be positive (--workers and --seed may be 0), and "
                      "--seed below 2**63")
-    # The pyramid's first level gives batch norm one value per image, and it needs two: in each
-    # process, or, where SyncBatchNorm joins GPUs, in all.
+    # Batch norm of the 1x1 level needs two images: in each process, or, joined by SyncBatchNorm on
+    # GPUs, in all.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
                      f"{least} or more")
+    # These do not change the weights.
     neutral = ("data", "out", "workers", "cache", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in neutral}
     departures = [f"{name} {value} ({parser.get_default(name)})" for name, value in recipe.items()
@@ -141,28 +139,15 @@ def restore(path, recipe, net, optimizer, scaler):
     return checkpoint["step"], checkpoint["history"]
 
 
-def mean_loss(loss_sum, iterations, step):
-    """The mean of the latest `iterations` losses, up to iteration `step`, over all processes; waits
-    for the device. Where it is not finite it ends the run, and process 0 says so."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > 1:
-        dist.all_reduce(loss_sum)
-    loss = loss_sum.item() / iterations / world
-    if not math.isfinite(loss):
-        sys.exit(1 if rank > 0 else f"train.py: the loss of iterations {step - iterations + 1} to "
-                 f"{step} is {loss}: start again with a lower --lr and another --out")
-    return loss
-
-
 def best_miou(history):
     """The best mIoU among the events of a run, -1 before the first validation."""
     return max((event["miou"] for event in history if event["event"] == "validation"), default=-1)
 
 
-def validate(net, val_set, device, args, picture):
+def validate(net, val_set, device, args, picture_path):
     """Score `net` in all processes, which all must call this. Process 0 prints the table and draws
-    a `picture` of photographs, truth and predictions, six that are far apart."""
-    if dist.is_initialized():  # without SyncBatchNorm the latest step left each its own statistics
+    photographs, truth and predictions, six that are far apart."""
+    if dist.is_initialized():  # without SyncBatchNorm each process has statistics of its own
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     matrix = evaluate(net, val_set, device, args.workers, precision=args.precision)
@@ -175,8 +160,8 @@ def validate(net, val_set, device, args, picture):
             prediction = predict(net, image.to(device), args.precision).cpu()
             pictures += [photograph(image), colored(label, val_set.classes),
                          colored(prediction, val_set.classes)]
-        save_sheet(picture, pictures, 3, val_set.classes)
-    net.train()
+        save_sheet(picture_path, pictures, 3, val_set.classes)
+    net.train()  # the evaluation was in eval mode
     return scores
 
 
@@ -184,8 +169,8 @@ def main():
     device, rank, world = this_process()
     args, recipe, departures = parse_args(device, world)
     out, last = Path(args.out), Path(args.out, "last.pt")
-    if rank > 0:  # process 0 looks for mistakes first, and joins below
-        join_processes()
+    if rank > 0:  # wait for process 0, which looks for mistakes first and joins below
+        join_processes(world)
     elif out.exists() and not args.resume:
         raise DataError(f"{out} exists already: type --resume to go on with it, or another --out")
 
@@ -199,13 +184,13 @@ def main():
     torch.manual_seed(args.seed)
     net = PSPNet(len(classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    step, history = 0, [{"event": "recipe", "step": 0, **recipe}]  # iterations done; all events
+    step, history = 0, [{"event": "recipe", "step": 0, **recipe}]  # iterations, events so far
     if args.resume and last.exists():
-        step, history = restore(last, recipe, net, optimizer, scaler)  # each has its momentum
+        step, history = restore(last, recipe, net, optimizer, scaler)
     elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
         initialize(net, args, classes)
 
@@ -214,10 +199,10 @@ def main():
         print(f"{world} x {device.type}; {len(train_set)} images to train on, {len(val_set)} to "
               f"validate; iterations {step} to {args.iters}\n"
               f"departs from the reference in: {'; '.join(departures) or 'nothing'}", flush=True)
-        if world > 1:  # no mistake was found
-            join_processes()
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w")  # process 0 writes it
-    print(*map(json.dumps, history), sep="\n", file=log, flush=True)
+        join_processes(world)  # no mistake was found
+    # Written anew, as what came after last.pt was lost; by process 0; line by line.
+    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)
+    print(*map(json.dumps, history), sep="\n", file=log)
     model = torch.compile(net) if args.compile else net
     if world > 1:
         model = DistributedDataParallel(model)
@@ -256,27 +241,32 @@ def main():
         saving = step % args.save_every == 0 or validating
         if not (step % 10 == 0 or saving):
             continue
+        if world > 1:
+            dist.all_reduce(loss_sum)
         iterations = step - logged
-        loss, seconds = mean_loss(loss_sum, iterations, step), time.perf_counter() - since
-        history.append({"event": "train", "step": step, "lr": rate, "loss": loss,
+        mean_loss = loss_sum.item() / iterations / world  # waits for the device
+        seconds = time.perf_counter() - since
+        if not math.isfinite(mean_loss):
+            sys.exit(1 if rank > 0 else f"train.py: the loss of iterations {logged + 1} to {step} "
+                     f"is {mean_loss}: start again with a lower --lr and another --out")
+        history.append({"event": "train", "step": step, "lr": rate, "loss": mean_loss,
                         "images_per_second": iterations * args.batch_size / seconds,
                         "waiting": waited / seconds})
-        print(json.dumps(history[-1]), file=log, flush=True)
+        print(json.dumps(history[-1]), file=log)
         bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2g}, {images_per_second:.1f} images/s, "
                             "{waiting:.0%} waiting for data".format(**history[-1]), refresh=False)
         bar.update(iterations)
         if validating:
             scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
-            better = scores["miou"] > best_miou(history)
             history.append({"event": "validation", "step": step, **scores})
-            print(json.dumps(history[-1]), file=log, flush=True)
+            print(json.dumps(history[-1]), file=log)
         if saving and rank == 0:
             checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
                           "classes": classes, "optimizer": optimizer.state_dict(),
                           "scaler": scaler.state_dict(), "step": step, "history": history,
                           "recipe": recipe}
             # best.pt first: a run that is killed between the two validates again.
-            if validating and better:
+            if validating and scores["miou"] == best_miou(history):
                 save_whole(checkpoint, out / "best.pt", out / "best.pt.tmp")
             save_whole(checkpoint, last, out / "last.pt.tmp")
         loss_sum.zero_()
@@ -284,21 +274,11 @@ def main():
 
     bar.close()
     if rank == 0:
-        print(f"best mIoU {100 * best_miou(history):.2f} % ({out}/best.pt); what it sees: {out}/"
-              f"val_{step:06}.png. Next, a photograph of your own:\n"
-              f"python evaluate.py --ckpt {out}/best.pt --images PHOTO --save-color predictions")
-    if world > 1:
-        dist.destroy_process_group()
+        print(f"best mIoU {100 * best_miou(history):.2f} %: {out}/best.pt")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may not repeat itself
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that runs repeat where they can
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names in another encoding
-    try:
-        main()
-    except (OSError, DataError, CheckpointError) as error:
-        sys.exit(f"train.py: {sentence_of(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -59,8 +59,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, run_here):
 
 
 def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, run_here):
-    """The README's lines beside copies of the two scripts, on a small drawn VOC: JPEGs, palette PNGs
-    with 255 at the borders, and lists of names."""
+    """The README's lines beside copies of the two scripts, on a small drawn VOC: JPEGs, palette
+    PNGs with 255 at the borders, and lists of names."""
     (voc,) = re.findall(r"```python\n(.*?)```", README, re.S)
     before, after = re.search(r"in place of `(.*?)`: `(.*?)`", README).groups()
     (tmp_path / "voc.py").write_text(voc)
