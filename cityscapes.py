@@ -10,10 +10,10 @@ an endless stream of training samples.
     python cityscapes.py --data DIR --check  # also decodes all: share of each class, what is wrong
 
 The files are used as they come out of the official zip archives; nothing is prepared beforehand.
-For other classes edit LABELS, from which everything else derives. A data set in other files is a
-class of its own that has len(dataset), dataset[i] as above, and
-dataset.classes, a list of entries with name, category and color. (Saving predictions also asks for
-dataset.name(i), a relative path without an ending.)
+For other classes edit LABELS, from which everything else derives. For a data set in other files
+write a class with len(dataset), dataset[i] as above, and dataset.classes, a list of entries with
+name, category and color. (To save predictions it also needs dataset.name(i), a relative path
+without an ending.)
 """
 import argparse
 import hashlib
@@ -36,7 +36,7 @@ from tqdm import tqdm
 # The classes ------------------------------------------------------------------------------------
 
 
-class Label(NamedTuple):
+class Label(NamedTuple):  # a row of the table; elsewhere a label is a map (H, W) of train ids
     id: int  # in the *_labelIds.png files, and what the test server wants
     name: str
     train_id: int  # the network's class, 0 to 18; 255 (and -1) is void: not trained, not scored
@@ -83,8 +83,8 @@ LABELS = (
     Label(-1, "license plate", -1, "vehicle", (0, 0, 142)),  # never drawn into the label files
 )
 VOID = 255  # the train id of pixels without a class
-TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # -1 becomes 255
-# For each train id the first label that has it, or None.
+TRAIN_IDS = {label.id: label.train_id % 256 for label in LABELS}  # by id; -1 becomes 255
+# For each train id but VOID the first label that has it.
 CLASSES = [next((label for label in LABELS if label.train_id == i), None)
            for i in range(1 + max(i for i in TRAIN_IDS.values() if i != VOID))]
 assert None not in CLASSES, "the train ids of LABELS must be 0, 1, 2, ... without gaps, and 255"
@@ -94,12 +94,12 @@ class DataError(Exception):
     """Something about the files is not as it must be. The text is a sentence for the user."""
 
 
-# The files --------------------------------------------------------------------------------------
+# The files. An image is a tensor, a picture an image of Pillow's. -------------------------------
 
 
 def open_picture(path):
-    """A decoded image file, upright as the camera meant it, and a text with Pillow's name of the
-    pixels in the file: "L;4" is grey of 4 bits, "I;16B" of 16. Raises DataError where it cannot."""
+    """(picture, pixel format) of an image file: decoded, turned upright as its EXIF data ask; the
+    format is a text in which "L;4" means grey of 4 bits, "I;16B" of 16. Raises DataError."""
     try:
         content = Path(path).read_bytes()
         Image.open(BytesIO(content)).verify()  # the checksums of a PNG, which decoding leaves out
@@ -109,17 +109,17 @@ def open_picture(path):
     except Exception as error:  # Pillow raises almost anything, and never says which file it was
         raise DataError(f"cannot decode {path} ({error})") from error
     with suppress(Exception):  # broken metadata do no harm to the pixels
-        ImageOps.exif_transpose(picture, in_place=True)  # turns the pixels before it mends them
+        ImageOps.exif_transpose(picture, in_place=True)  # turns the pixels, then edits the EXIF
     return picture, pixel_format
 
 
 def read_image(path):
-    """RGB (3, H, W), uint8, of an image file with 8 bits a channel, or 16, whose high bytes are
-    taken. Raises DataError for a damaged file and for every other mode."""
+    """RGB (3, H, W), uint8, of an image file; of 16 bits a channel the high bytes are taken. Raises
+    DataError for a damaged file, and for pixels of 32 bits or in LAB."""
     picture, pixel_format = open_picture(path)
     if "I;16" in pixel_format:
         picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F", "LAB"):  # 32 bits: of any range; LAB: not every Pillow reads it
+    if picture.mode in ("I", "F", "LAB"):  # 32 bits: no fixed range; LAB: not in every Pillow
         raise DataError(f"{path} has pixels of mode {picture.mode}: store it as RGB or grey, with "
                         "8 bits a channel")
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
@@ -129,7 +129,7 @@ def read_label(path):
     """Train ids (H, W), uint8, of an image file of label ids, one channel of 8 bits. Raises
     DataError for a damaged file, another mode, and ids that are not in LABELS."""
     picture, pixel_format = open_picture(path)
-    # Of L;1, L;2 and L;4, grey of few bits, Pillow stretches the values to 0..255.
+    # P holds indices, which are ids here; grey of few bits (L;1, L;2, L;4) Pillow stretches.
     if picture.mode not in ("L", "P") or "L;" in pixel_format:
         raise DataError(f"{path} is not an image of one channel of 8 bits, as labels are: it has "
                         f"mode {picture.mode}, or fewer bits")
@@ -143,8 +143,8 @@ def read_label(path):
 
 
 def read_pair(image_path, label_path):
-    """Image (3, H, W) and label (H, W) of two files; all is void where label_path is None. Raises
-    DataError where one of them cannot be read or their sizes differ."""
+    """Image (3, H, W) and label (H, W) of two files; without label_path the label is all void.
+    Raises DataError where one of them cannot be read or their sizes differ."""
     image = read_image(image_path)
     if label_path is None:
         return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
@@ -225,7 +225,7 @@ class Cityscapes(Dataset):
         paths = self.paths(i)
         if not self.cache:
             return read_pair(*paths)
-        # Named after the files, their dates and sizes, and the table: a change makes a new one.
+        # Named after the files' paths, dates and sizes and TRAIN_IDS: a change makes a new file.
         stats = [(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
                  for path in paths if path]
         key = hashlib.sha256(repr((stats, TRAIN_IDS)).encode()).hexdigest()
@@ -252,20 +252,20 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     the grey axis (degrees; red to yellow to green is positive).
 
     mmsegmentation does the four one after the other, and clips to 0..255 after each; saturation and
-    hue in HSV, which keeps the largest of R, G and B where this keeps their mean. The strength is
-    the same: on CamVid saturation 1.5 moves a value by 3.0 grey levels on average, hue 36 by 2.5.
+    hue in HSV, which keeps the largest of R, G and B where this keeps their mean. Both move values
+    as far: on photographs (CamVid) saturation 1.5 by 3.0 grey levels on average, hue 36 by 2.5.
     """
     angle = math.radians(hue)
-    grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
+    grey = np.full((3, 3), 1 / 3)  # projects on the grey axis, R = G = B
     quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # around it
-    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * quarter_turn  # Rodrigues
+    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * quarter_turn
     matrix = contrast * (grey + saturation * turn)
     return np.column_stack([matrix, matrix @ np.full(3, brightness)])
 
 
 def window_and_size(length, crop, scale):
-    """How many of `length` pixels a crop of `crop` pixels covers at `scale`, and how many pixels
-    of the crop they fill: all, or fewer where the scaled image is smaller than the crop."""
+    """Along one axis: how many of `length` pixels a crop of `crop` pixels shows at `scale`, and how
+    many pixels of the crop they fill (fewer than all where the scaled image is smaller)."""
     window = round(crop / scale)
     if window <= length:
         return window, crop
@@ -276,17 +276,17 @@ class TrainingStream(Dataset):
     """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
     (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8.
 
-    It is a function of (seed, k) alone. So a run's data do not depend on how many workers or
+    stream[k] depends on (seed, k) alone. So a run's data do not depend on how many workers or
     processes read them, and a run that is resumed at sample k reads none of those before:
-    DataLoader(stream, sampler=range(k, last)). Samples 0 to N-1 are a permutation of the N images,
-    N to 2N-1 another. The augmentation is that of mmsegmentation 1.2.2 (RandomResize, RandomCrop,
+    DataLoader(stream, sampler=range(k, end)). Samples 0 to N-1 are a permutation of the N images, N
+    to 2N-1 another. The augmentation follows mmsegmentation 1.2.2 (RandomResize, RandomCrop,
     RandomFlip, PhotoMetricDistortion); pixels beyond the image are PADDING, their labels void."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
 
     def index(self, k):
-        """Which image of the data set sample k shows."""
+        """Which image sample k shows. (In the seeds 0 is for the order, 1 for the samples.)"""
         epoch, position = divmod(k, len(self.dataset))
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return order[position]
@@ -296,8 +296,8 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
         scale = rng.uniform(0.5, 2.0)
         mirrored = rng.random() < 0.5
-        # Brightness, contrast, saturation, hue (36 degrees are 18 of OpenCV's units), each with
-        # probability 0.5
+        # Brightness, contrast, saturation, hue, each with probability 0.5, in mmsegmentation's
+        # ranges (its 18 for hue are OpenCV's units of 2 degrees)
         matrix = color_matrix(*(
             rng.uniform(low, high) if rng.random() < 0.5 else neutral
             for low, high, neutral in ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-36, 36, 0))))
@@ -307,14 +307,14 @@ class TrainingStream(Dataset):
         window_height, new_height = window_and_size(height, crop_height, scale)
         window_width, new_width = window_and_size(width, crop_width, scale)
         new_size = (new_height, new_width)
-        for _ in range(11):  # the 11th window is taken as it is
+        for _ in range(11):  # 10 tries for a window of mixed classes; the 11th is taken anyway
             top = rng.integers(height - window_height + 1)
             left = rng.integers(width - window_width + 1)
-            window = np.s_[..., top: top + window_height, left: left + window_width]  # an index
+            window = np.s_[..., top: top + window_height, left: left + window_width]  # on H and W
             old_label = label[window][None, None]
             new_label = F.interpolate(old_label, new_size, mode="nearest-exact")[0, 0]
             pixels = torch.bincount(new_label.flatten(), minlength=256)[:VOID]  # of each class
-            if pixels.max() < 0.75 * pixels.sum():  # all void is no good either
+            if pixels.max() < 0.75 * pixels.sum():  # not so where all is void
                 break
         # With the channels last in memory PyTorch is twice as fast.
         old_image = image[window][None].contiguous(memory_format=torch.channels_last)
@@ -333,7 +333,7 @@ class TrainingStream(Dataset):
 
 
 def photograph(image):
-    """RGB (3, H, W), uint8 tensor -> a picture, that is, an image of Pillow's."""
+    """RGB (3, H, W), uint8 tensor -> a picture."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -407,14 +407,14 @@ def main():
                     pixels += np.bincount(label.flatten(), minlength=256)
                 except DataError as error:
                     problems.append(str(error))
-            shares[split] = 100 * pixels / max(1, pixels[:VOID].sum())
+            shares[split] = 100 * pixels / max(1, pixels[:VOID].sum())  # test has no labels
     if shares:
         print("\n% of labelled pixels  " + "".join(f"{split:>12}" for split in shares))
         for i, entry in enumerate(CLASSES):
             print(f"{entry.name:22}" + "".join(f"{share[i]:12.2f}" for share in shares.values()))
     if problems:
         print(*problems, sep="\n")
-        sys.exit(f"cityscapes.py: {len(problems)} of the above must be mended")
+        sys.exit(f"cityscapes.py: the {len(problems)} problems above must be mended")
     stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
     save_sheet(args.sheet, [overlaid(*stream[k], CLASSES) for k in range(12)], 3, CLASSES)
     print(f"drew 12 training samples: {args.sheet}")
@@ -427,4 +427,4 @@ if __name__ == "__main__":
     except (OSError, DataError) as error:
         sys.exit(f"cityscapes.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells report Ctrl-C

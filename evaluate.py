@@ -1,4 +1,4 @@
-"""Score a PSPNet on Cityscapes, write its predictions, or predict photographs of your own.
+"""Score a PSPNet on Cityscapes, write its predictions, or segment photographs of your own.
 
     python evaluate.py --ckpt best.pt --data data/cityscapes
     torchrun --nproc_per_node=8 evaluate.py --ckpt best.pt    # the same numbers, faster
@@ -6,9 +6,9 @@
     python evaluate.py --ckpt best.pt --split test --save-ids submission
     python evaluate.py --ckpt best.pt --images photo.jpg holiday/ --save-color out
 
-The checkpoint is one of train.py's or one that mmsegmentation published. The score is that of the
-benchmark: every labelled pixel of the split, at full resolution, into one matrix of truth against
-prediction; intersection over union per class from that; the mean over the classes.
+The checkpoint is one of train.py's or one that mmsegmentation published. As in the benchmark, all
+labelled pixels of the split, at full resolution, are counted in one confusion matrix, of truth
+against prediction; from it come each class's intersection over union (IoU) and their mean (mIoU).
 """
 import argparse
 import json
@@ -33,14 +33,15 @@ from pspnet import CheckpointError, load_net
 
 
 def autocast(device, precision):
-    """The context in which a network computes in `precision`: "fp32", "bf16" or "fp16"."""
+    """The context in which a network computes in `precision`: "fp32" (on NVIDIA's GPUs TF32 for
+    convolutions, PyTorch's default), "bf16" or "fp16"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def tile_starts(length, tile):
-    """Where tiles of `tile` pixels begin that cover `length` pixels, as many or more: two thirds of
-    a tile apart (rounded up), as in the authors' code; the last ends with the image."""
+    """The first pixel of each tile on an axis of `length` pixels, length >= tile: two thirds of a
+    tile apart (rounded up), as in the authors' code; the last tile ends where the image ends."""
     stride = math.ceil(tile * 2 / 3)
     return [*range(0, length - tile, stride), length - tile]
 
@@ -54,8 +55,8 @@ def tiled_probabilities(net, image, tile):
     count = torch.zeros(height, width, device=image.device)  # tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
-            inside = np.s_[..., top: top + tile_height, left: left + tile_width]
-            logits, _ = net(image[inside][None])
+            inside = np.s_[..., top: top + tile_height, left: left + tile_width]  # an index
+            logits, _ = net(image[inside][None])  # _: the auxiliary logits, None here
             total[inside] += logits[0].softmax(dim=0)
             count[inside] += 1
     return total / count
@@ -64,12 +65,12 @@ def tiled_probabilities(net, image, tile):
 @torch.inference_mode()
 def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
     """The train id of every pixel: image (3, H, W), uint8 RGB, on the device of net -> (H, W),
-    uint8, on it too. `precision` is that of the network, see `autocast`.
+    uint8, on the same device. `precision` is that of the network, see `autocast`.
 
     With several scales, or with flip (each scale also mirrored), the class probabilities of all of
     them are averaged at the size of the image, as mmsegmentation's test-time augmentation does.
-    With tile = (height, width) the network sees such tiles of the scaled images, as in the code of
-    PSPNet's authors (hszhao/semseg, tool/test.py, which pads images smaller than a tile)."""
+    With tile = (height, width) the network sees tiles of that size of the scaled images, as in the
+    authors' hszhao/semseg, tool/test.py (which pads smaller images; here the tile shrinks)."""
     size = image.shape[1:]
     total = 0
     for scale in scales:
@@ -80,8 +81,11 @@ def predict(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
                 view = F.interpolate(image[None].float(), scaled, mode="bilinear")[0]
             if mirrored:
                 view = view.flip(2)
-            with autocast(image.device, precision):  # logits (C, H, W), or with tiles probabilities
-                output = tiled_probabilities(net, view, tile) if tile else net(view[None])[0][0]
+            with autocast(image.device, precision):
+                if tile:
+                    output = tiled_probabilities(net, view, tile)
+                else:
+                    output = net(view[None])[0][0]  # the main logits, (C, H, W), of the one image
             if mirrored:
                 output = output.flip(2)
             if scale != 1:
@@ -98,19 +102,20 @@ def confusion(label, prediction, num_classes):
     (num_classes, num_classes), int64. Void in the label is left out."""
     pairs = label.int() * num_classes + prediction  # int, because uint8 would overflow
     counts = torch.bincount(pairs.flatten(), minlength=256 * num_classes)
-    return counts.view(256, num_classes)[:num_classes]  # without void, row 255
+    return counts.view(256, num_classes)[:num_classes]  # drops the row of void, 255
 
 
 def intersection_over_union(matrix):
-    """Of each class, from pixels by truth and prediction: NaN (0/0) for one that is in neither."""
+    """IoU of each class, or category, from pixels by truth and prediction; NaN (0/0) where both
+    have none of it."""
     return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
 
 
 def scores_of(matrix, classes):
     """The figures of the benchmark and of mmsegmentation, from a matrix of `confusion` on the CPU:
-    a dict (see its last lines) of shares, 0 to 1. A class that is neither in the truth nor in the
-    predictions has no IoU, one that is not in the truth no accuracy: they are None, and the means
-    leave them out. Source: cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py;
+    a dict (its keys stand in `return`) of fractions, 0 to 1. A class neither in the truth nor in
+    the predictions has no IoU, one not in the truth no accuracy: they are None, and the means leave
+    them out. Source: cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py;
     mmsegmentation 1.2.2, IoUMetric. Raises DataError where all pixels were void."""
     if not matrix.any():
         raise DataError("there is nothing to score: every pixel of the labels is void")
@@ -134,7 +139,7 @@ def scores_of(matrix, classes):
 
 
 def format_scores(scores):
-    """The table for people: per class, per category, and the means with what they are over."""
+    """The table for people: IoU and accuracy per class, IoU per category, and the means."""
     def percent(value):
         return "n/a" if value is None else f"{100 * value:.2f}"
 
@@ -157,8 +162,8 @@ def format_scores(scores):
 
 
 def this_process():
-    """(device, rank, world): the GPU (or other accelerator, or the CPU) of this process, its number
-    and how many there are, as torchrun says in the environment; without torchrun there is one."""
+    """(device, rank, world): the accelerator of this process, or the CPU; its number; how many
+    processes there are. torchrun tells them in the environment; without it there is one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cpu":
@@ -174,15 +179,15 @@ def this_process():
 
 def join_processes(world):
     """Wait until all `world` processes have called this. Process 0 does so last, when it has looked
-    for mistakes: so they are told once, and nothing is downloaded twice."""
+    for mistakes in the files: so they are told once, and nothing is downloaded twice."""
     if world > 1:
         dist.init_process_group()
         dist.barrier()  # because on GPUs the line before doesn't wait
 
 
 def share_of_cores(most):
-    """How many workers each of this machine's processes starts: its share of the cores, 1 to `most`
-    (torchrun says how many processes there are)."""
+    """How many workers of a DataLoader each process of this machine starts: its share of the cores,
+    1 to `most` (torchrun says how many processes there are)."""
     return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -195,11 +200,11 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (OSError, DataError, CheckpointError) as error:
-        # From a DataLoader's worker it comes as a traceback, whose last line is the sentence.
+        # From a DataLoader's worker it comes with a traceback; the last line is the sentence.
         sentence = str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
         sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells have it
+        sys.exit(130)  # 128 + SIGINT, as shells report Ctrl-C
 
 
 def evaluate(net, dataset, device, workers=4, ids_folder=None, color_folder=None, **protocol):
@@ -245,9 +250,9 @@ def save_prediction(prediction, image, name, classes, ids_folder, color_folder):
 
 
 class Photographs(Dataset):
-    """Image files as a data set without labels: all is void. `paths` are files, and folders, of
-    which every file is taken that is not hidden. Those that cannot be read are left out; .problems
-    has a sentence for each. Raises DataError where two would have predictions of one name."""
+    """Image files as a data set without labels: all is void. `paths` are files, and folders, whose
+    files are taken, but for hidden ones. What cannot be read is left out, and .problems has a
+    sentence for it. Raises DataError for two files of one stem, and where there is no file."""
 
     classes = Cityscapes.classes
 
@@ -258,7 +263,7 @@ class Photographs(Dataset):
                 if file != path and (file.name.startswith(".") or not file.is_file()):
                     continue
                 try:
-                    read_image(file)
+                    read_image(file)  # for its problems; it is read again when its turn comes
                 except DataError as error:
                     self.problems.append(str(error))
                     continue
@@ -302,7 +307,8 @@ def parse_args():
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
                         help="bf16 and fp16 are autocast, for speed (fp32)")
     parser.add_argument("--workers", type=int, default=share_of_cores(4),
-                        help="processes that decode images, for each GPU (4, or its share)")
+                        help="processes that decode images, for each GPU (its share of the cores, "
+                        "up to 4)")
     args = parser.parse_args()
 
     numbers = args.scales + (args.tile or [])

@@ -2,15 +2,15 @@
 
     net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
     logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W);
-                                      # aux_logits: a second classifier's, for the training loss
+                                      # aux_logits: a second classifier's, for the loss, or None
     net = load_net("best.pt")         # from train.py, or one of mmsegmentation's published files
 
     python pspnet.py                  # parameters, GFLOPs, and a check that the head is exact
 
-A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over 1x1, 2x2, 3x3
-and 6x6 regions that tells every position what scene it is in, and a classifier. The names of the
-weights and what is computed are mmsegmentation 1.2.2's (tests/test_pspnet.py: to 1e-9 in float64),
-for a fifth less arithmetic in all: `PyramidHead` explains how, and why that is exact.
+A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over grids of 1x1,
+2x2, 3x3 and 6x6 regions that tells every position what scene it is in, and a classifier. Names of
+weights and results are those of mmsegmentation 1.2.2, the reference (tests/test_pspnet.py: to 1e-9
+in float64), for a fifth less arithmetic: `PyramidHead.forward` explains how, and why it is exact.
 """
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Mean and standard deviation of ImageNet's photographs, RGB, in grey levels of 0..255.
+# Mean and standard deviation of ImageNet's photographs: R, G and B, each of 0..255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
     H/stride, W/stride). Only the first convolution is dilated, as in mmsegmentation."""
 
-    expansion = 1  # output channels by `channels`
+    expansion = 1  # output channels divided by `channels`
 
     def __init__(self, in_channels, channels, stride=1, dilation=1):
         super().__init__()
@@ -102,10 +102,11 @@ class ResNet(nn.Module):
     and H/8 and W/8 round up.
 
     In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution as well. Here they
-    have stride 1, and their 3x3 convolutions are dilated by 2 and 4, so that they reach as far in
-    the image as their ImageNet weights are used to. The first block of such a stage keeps the
-    dilation of the stage before, because its input has the spacing of that stage (as in torchvision
-    and mmsegmentation). "V1c" is a stem of three 3x3 convolutions instead of one 7x7.
+    have stride 1, and their 3x3 convolutions (of a BasicBlock the first) are dilated by 2 and 4, so
+    that they reach as far in the image as their ImageNet weights are used to. The first block of
+    such a stage keeps the dilation of the stage before, whose output it reads (as in torchvision
+    and mmsegmentation). V1c has another stem, the layers before stage 1: three 3x3 convolutions
+    instead of one 7x7.
     """
 
     def __init__(self, name):
@@ -137,7 +138,7 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = self.stem(x) if self.deep_stem else F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer2(self.layer1(self.maxpool(x)))  # the stem, maxpool and layer2 halve H and W
+        x = self.layer2(self.layer1(self.maxpool(x)))  # stem, maxpool, layer2: each halves H and W
         stage3 = self.layer3(x)
         return stage3, self.layer4(stage3)
 
@@ -146,22 +147,22 @@ class ResNet(nn.Module):
 
 
 def unit_vectors(length, like):
-    """(1, length, length), on the device of `like`: what a linear function makes of row i is column
-    i of its matrix."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 would round positions
+    """The identity matrix, (1, length, length), on the device of `like`. What a linear function
+    makes of its row i, the i-th unit vector, is column i of that function's own matrix."""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 is too coarse for positions
     return torch.eye(length, dtype=dtype, device=like.device)[None]
 
 
 def pooling_matrix(cells, length, like):
-    """P, (1, 1, cells, length), of average pooling: P_h @ x @ P_w.mT holds the means of x (B, C, h,
-    w) by regions. They overlap where `cells` doesn't divide `length`, as in adaptive_avg_pool2d."""
+    """P, (1, 1, cells, length), of average pooling: with P of h and Q of w, P @ x @ Q.mT holds the
+    means of x (B, C, h, w) by regions, which overlap where `cells` doesn't divide `length`."""
     pooled = F.adaptive_avg_pool1d(unit_vectors(length, like), cells)
     return pooled.mT.to(like.dtype)[None]
 
 
 def interpolation_matrix(cells, length, like):
-    """R, (1, 1, length, cells), of linear interpolation: R_h @ p @ R_w.mT stretches p (B, C, k, l)
-    bilinearly to h x w (align_corners=False)."""
+    """R, (1, 1, length, cells), of linear interpolation: with R of h and S of w, R @ p @ S.mT
+    stretches p (B, C, cells, cells) bilinearly to h x w (align_corners=False)."""
     stretched = F.interpolate(unit_vectors(cells, like), length, mode="linear")
     return stretched.mT.to(like.dtype)[None]
 
@@ -182,7 +183,8 @@ def upsample(x, size):
 
 
 class ConvBNReLU(nn.Sequential):
-    """Convolution of stride 1 that keeps the size, batch norm, ReLU, in this order."""
+    """Convolution of stride 1 that keeps the size, batch norm, ReLU: nn.Sequential runs its
+    attributes in the order in which they are set."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -201,11 +203,11 @@ def three_shifts(matrix):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> (B, num_classes, h,
-    w). `bins` are the levels: k averages x over k x k regions; bins=() leaves the pyramid out."""
+    w). `bins` are the levels: k averages x over a grid of k x k regions; () leaves them out."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4
+        channels = in_channels // 4  # of each level, and of the 3x3 convolution's output
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
@@ -233,7 +235,7 @@ class PyramidHead(nn.Module):
 
         1. A convolution of a stack is the sum of one convolution per part, each with its own slice
            of the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
-           The next two steps are about one level, and leave out its k.
+           The next two steps are about one level, and write p and W for its p_k and W_k.
         2. Stretching acts on rows and columns of each channel i of p: it makes R p_i S^T of p_i,
            with R (h, k) and S (w, k) from `interpolation_matrix`.
         3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
@@ -246,9 +248,9 @@ class PyramidHead(nn.Module):
         4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures
            as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two;
            then the sum over the levels is one product as well: the left factors stand side by
-           side, the right ones below each other, and 3 (1 + 2 + 3 + 6) = 36 numbers lie between.
+           side, the right ones below each other; the inner dimension is 3 (1 + 2 + 3 + 6) = 36.
         """
-        parts = [x.shape[1]] + [self.bottleneck.conv.out_channels] * len(self.bins)
+        parts = [x.shape[1]] + [x.shape[1] // 4] * len(self.bins)  # channels of x, of each level
         weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
         y = F.conv2d(x, weight_x, padding=1)
         if self.bins:
@@ -259,14 +261,14 @@ class PyramidHead(nn.Module):
     def convolved_levels(self, x, weights):
         """The sum over k of conv(stretched p_k; W_k), (B, channels, h, w), by steps 2 to 4."""
         h, w = x.shape[-2:]
-        # The rows of all levels first, (B, C, 1 + 2 + 3 + 6, w): x is large, and so is read once.
+        # Down the columns for all levels at once, as x is large: (B, C, 1 + 2 + 3 + 6, w).
         strips = torch.cat([pooling_matrix(k, h, like=x) for k in self.bins], dim=2) @ x
         lefts, rights = [], []
         for k, strip, (_, conv_bn_relu), weight in zip(
                 self.bins, strips.split(self.bins, dim=2), self.psp_modules, weights, strict=True):
-            means = strip @ pooling_matrix(k, w, like=x).mT  # over k x k regions
+            means = strip @ pooling_matrix(k, w, like=x).mT  # k x k, as _, the pooling, gives
             p = conv_bn_relu(means)  # (B, channels, k, k)
-            # o, i: channels out and in; u, v: taps of the kernel; m, n: rows and columns of cells
+            # b: images; o, i: channels out and in; u, v: taps; m, n: rows and columns of cells
             mixtures = torch.einsum("oiuv,bimn->boumvn", weight, p)
             blocks = mixtures.reshape(*mixtures.shape[:2], 3 * k, 3 * k)
             lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
@@ -302,9 +304,9 @@ class PSPNet(nn.Module):
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
-        # What a checkpoint must say beside the weights: PSPNet(**net.arguments) has their shapes.
+        # A checkpoint has them beside the weights, so that load_net can build the network again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
-        self.classes = None  # their names, where a checkpoint tells
+        self.classes = None  # their names, where load_net finds them in a checkpoint
         channels = 512 * BACKBONES[backbone][0].expansion
         self.backbone = ResNet(backbone)
         self.decode_head = PyramidHead(channels, num_classes, bins)
@@ -324,8 +326,8 @@ class PSPNet(nn.Module):
         return logits, aux_logits
 
     def normalize(self, images):
-        """Grey levels of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN
-        and STD stay Python's numbers: tensors would have to be copied to a GPU in each call.)"""
+        """Values of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN and
+        STD stay Python's numbers: they are on no device, and in no file of weights.)"""
         dtype = self.decode_head.conv_seg.weight.dtype
         return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
@@ -360,8 +362,8 @@ def shapes(state):
 
 
 def read_weights(path):
-    """The state dict in a file, alone or as "state_dict" in a checkpoint, and the checkpoint.
-    Raises OSError, and CheckpointError where there is none."""
+    """(state dict, checkpoint) in a file; a state dict that is there alone counts as both. Raises
+    OSError, and CheckpointError where there is no state dict."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
@@ -375,8 +377,8 @@ def load_net(path):
 
     train.py's checkpoints say which network they are of ("model", the arguments of PSPNet).
     mmsegmentation's (the names of the weights are the same) are recognised by their shapes.
-    Raises CheckpointError for every other file. That includes mmsegmentation's PSPNets of output
-    stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
+    Raises OSError, and CheckpointError for every other file, also for mmsegmentation's PSPNets of
+    output stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
     """
     state, checkpoint = read_weights(path)
     config = str(checkpoint.get("meta"))  # where mmsegmentation keeps the text of its configuration
@@ -394,7 +396,7 @@ def load_net(path):
             with torch.device("meta"):  # a device of PyTorch: names and shapes without values
                 net = PSPNet(**arguments)
         except Exception as error:  # the "model" of another program
-            raise CheckpointError(f"{path}: its 'model', {arguments}, is no PSPNet") from error
+            raise CheckpointError(f"{path}: its 'model' is no PSPNet of ours ({error})") from error
         if shapes(net.state_dict()) == shapes(state):
             # A plain dict has no version of its format, so batch norm fills in missing counters.
             net.load_state_dict(dict(state), assign=True)  # as nothing can be copied to "meta"
@@ -407,7 +409,7 @@ def load_net(path):
 def load_backbone(net, weights):
     """Put the weights of an ImageNet classifier into net.backbone: from the path `weights`, or, if
     that is "imagenet", from the file in BACKBONES, kept in torch.hub's cache once downloaded.
-    Raises CheckpointError where they cannot be had or belong to another backbone."""
+    Raises OSError, and CheckpointError where they can't be had or are another backbone's."""
     backbone = net.arguments["backbone"]
     if weights == "imagenet":
         url = BACKBONES[backbone][-1]
@@ -430,8 +432,8 @@ def load_backbone(net, weights):
 
 
 def count_gflops(net, shape):
-    """10^9 floating-point operations, two per multiply-add, of the forward of images of this shape,
-    by a net on the device "meta", which has shapes without values."""
+    """10^9 floating-point operations of convolutions and matrix products, two per multiply-add, in
+    a forward pass of images of this shape; net is on the device "meta" (shapes without values)."""
     with FlopCounterMode(display=False) as counter:
         net(torch.empty(shape, device="meta"))
     return counter.get_total_flops() / 1e9
@@ -445,7 +447,7 @@ if __name__ == "__main__":
     with torch.inference_mode():
         exact, _ = net(image)
         exact_gflops = count_gflops(weightless, (1, 3, 512, 1024))
-        for network in (net, weightless):
+        for network in (net, weightless):  # both have the other head from here on
             network.decode_head.forward = network.decode_head.textbook_forward
         textbook, _ = net(image)
         textbook_gflops = count_gflops(weightless, (1, 3, 512, 1024))

@@ -4,16 +4,16 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-Each is the same experiment: 40,000 iterations of 8 images of 512x1024, with the recipe of
-mmsegmentation 1.2.2's pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (77.85 mIoU on val), in bfloat16
-on a GPU. README.md lists how that recipe differs from the paper's. The folder --out gets
+Each is one recipe: 40,000 iterations of 8 images of 512x1024, that of mmsegmentation 1.2.2's
+pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (which reached 77.85 mIoU on val), in bfloat16 on a GPU
+that has it. README.md lists how it differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be ended at any moment by anything, and loses what came after last.pt. Resumed with as
-many processes, it goes on as if nothing had happened: the same samples, dropout and momentum.
+A run may be ended at any moment by anything, and loses what came after last.pt. Resumed, it goes on
+with the same samples and momentum, and, with the same number of processes, the same dropout.
 """
 import argparse
 import json
@@ -38,8 +38,8 @@ from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, 
 
 
 def poly_lr(step, iters, base_lr=0.01):
-    """The learning rate of iteration `step`, 0 to iters - 1: from base_lr down to base_lr / 100 in
-    the last (in the paper's section 5.1 to 0), with power 0.9 (mmengine 0.10.7, PolyLR)."""
+    """The learning rate of iteration `step`, 0 to iters - 1: falls from base_lr to base_lr / 100,
+    with power 0.9, as in mmengine 0.10.7, PolyLR; in the paper (section 5.1) it falls to 0."""
     end_lr = base_lr / 100
     return end_lr + (base_lr - end_lr) * (1 - step / max(1, iters - 1)) ** 0.9
 
@@ -48,18 +48,18 @@ def segmentation_loss(logits, label):
     """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
 
     Void counts as 0 in the mean over ALL pixels (mmsegmentation's avg_non_ignore=False): a crop
-    that is all void gives 0, not 0/0, and each process weighs the same in the mean over all."""
+    that is all void gives 0, not 0/0, and the mean over equal shares is that over the batch."""
     return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
 
 
 def parse_args(device, world):
-    """Returns the options, the recipe (a dict of those that change the weights), and in words what
-    in the recipe departs from the reference, which is the defaults."""
+    """Returns the options, the recipe (a dict of the options on which the result depends), and in
+    words what in the recipe differs from the reference, that is, from the defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
-    add("--out", default="runs/pspnet", help="where results go (%(default)s)")
+    add("--out", default="runs/pspnet", help="results; all machines must see it (%(default)s)")
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
     add("--bins", type=int, nargs="*", default=[1, 2, 3, 6], metavar="K",
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
@@ -68,7 +68,7 @@ def parse_args(device, world):
     add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
     add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
-    add("--batch-size", type=int, default=8, help="images an iteration, in all processes (8)")
+    add("--batch-size", type=int, default=8, help="images per iteration, in all processes (8)")
     add("--iters", type=int, default=40_000, help="iterations (40000)")
     add("--lr", type=float, default=0.01, help="learning rate of the first iteration (0.01)")
     add("--seed", type=int, default=0, help="of samples, dropout and new weights (0)")
@@ -76,7 +76,7 @@ def parse_args(device, world):
         help="processes that make samples for each GPU (its share of the cores, up to 16)")
     add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
     add("--save-every", type=int, default=500, help="iterations between checkpoints (500)")
-    # GPUs before NVIDIA's Ampere can only imitate bf16.
+    # NVIDIA's GPUs before Ampere can only emulate bf16.
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     add("--precision", choices=("fp32", "bf16", "fp16"),
         default="bf16" if device.type != "cpu" and has_bf16 else "fp32",
@@ -92,13 +92,13 @@ def parse_args(device, world):
     if min(positive) < 1 or not args.lr > 0 or args.workers < 0 or not 0 <= args.seed < 2**63:
         parser.error("numbers must be positive (--workers and --seed may be 0), and "
                      "--seed below 2**63")
-    # Batch norm of the 1x1 level needs two images: in each process, or, joined by SyncBatchNorm on
-    # GPUs, in all.
+    # The 1x1 level gives batch norm one value per image and channel, and it needs two: in each
+    # process on a CPU, in all together on GPUs, whose SyncBatchNorm joins them.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
                      f"{least} or more")
-    # These do not change the weights.
+    # The result does not depend on these.
     neutral = ("data", "out", "workers", "cache", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in neutral}
     departures = [f"{name} {value} ({parser.get_default(name)})" for name, value in recipe.items()
@@ -107,8 +107,9 @@ def parse_args(device, world):
 
 
 def initialize(net, args, classes):
-    """Give `net` what --init or --weights names. Of a PSPNet with other classes the two classifiers
-    are left out. Raises CheckpointError where the file is of another backbone or pyramid."""
+    """Give `net` the weights that --init or --weights names. If --init knows other classes, the two
+    classifiers, main and auxiliary, stay new. Raises CheckpointError for another backbone or
+    pyramid."""
     if args.init:
         other = load_net(args.init)
         if {**other.arguments, "num_classes": len(classes)} != net.arguments:
@@ -140,13 +141,13 @@ def restore(path, recipe, net, optimizer, scaler):
 
 
 def best_miou(history):
-    """The best mIoU among the events of a run, -1 before the first validation."""
-    return max((event["miou"] for event in history if event["event"] == "validation"), default=-1)
+    """The best mIoU among the validations of a run."""
+    return max(event["miou"] for event in history if event["event"] == "validation")
 
 
 def validate(net, val_set, device, args, picture_path):
-    """Score `net` in all processes, which all must call this. Process 0 prints the table and draws
-    photographs, truth and predictions, six that are far apart."""
+    """Score `net`; every process must call this. Process 0 prints the table, and draws photograph,
+    truth and prediction of six images from all over the split."""
     if dist.is_initialized():  # without SyncBatchNorm each process has statistics of its own
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
@@ -180,7 +181,7 @@ def main():
         train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra", args.cache)])
     recipe |= {"images": len(train_set), "classes": classes}
 
-    # `net` is the plain network, which is evaluated and saved; `model` is what trains it.
+    # `net` is the plain network, which is evaluated and saved; `model` is net wrapped to train it.
     torch.manual_seed(args.seed)
     net = PSPNet(len(classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":
@@ -200,20 +201,20 @@ def main():
               f"validate; iterations {step} to {args.iters}\n"
               f"departs from the reference in: {'; '.join(departures) or 'nothing'}", flush=True)
         join_processes(world)  # no mistake was found
-    # Written anew, as what came after last.pt was lost; by process 0; line by line.
+    # Process 0 writes the log anew from `history`, without what came after last.pt.
     log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)
     print(*map(json.dumps, history), sep="\n", file=log)
     model = torch.compile(net) if args.compile else net
     if world > 1:
         model = DistributedDataParallel(model)
 
-    # Iteration i = 0, 1, ... has samples i * batch_size and following, process r every world-th.
+    # Iteration i has the batch_size samples from i * batch_size on, process r every world-th.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
                               num_workers=args.workers, pin_memory=device.type != "cpu"))
     loss_sum = torch.zeros((), device=device)
-    logged, since, waited = step, time.perf_counter(), 0.0  # since the latest line of the log
+    logged, since, waited = step, time.perf_counter(), 0.0  # of the log's latest line; seconds
     bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0)
 
     while step < args.iters:
@@ -225,7 +226,7 @@ def main():
         rate = poly_lr(step, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(hash((args.seed, step, rank)))  # all that dropout depends on
+        torch.manual_seed(hash((args.seed, step, rank)))  # so a resumed run has the same dropout
 
         with autocast(device, args.precision):
             logits, aux_logits = model(image)
@@ -265,8 +266,8 @@ def main():
                           "classes": classes, "optimizer": optimizer.state_dict(),
                           "scaler": scaler.state_dict(), "step": step, "history": history,
                           "recipe": recipe}
-            # best.pt first: a run that is killed between the two validates again.
-            if validating and scores["miou"] == best_miou(history):
+            # best.pt first: a run that is killed before the other is there validates again.
+            if validating and scores["miou"] == best_miou(history):  # history has this one too
                 save_whole(checkpoint, out / "best.pt", out / "best.pt.tmp")
             save_whole(checkpoint, last, out / "last.pt.tmp")
         loss_sum.zero_()

@@ -47,10 +47,11 @@ def run_script(command, processes=1):
 
 @pytest.fixture(scope="session")
 def beside():
-    """beside(function, *arguments) returns a future and calls the function in a thread, one such
-    call after the other: scripts run on a second core while tests go on here."""
-    with ThreadPoolExecutor(2) as pool:
-        yield pool.submit
+    """beside(function, *arguments) calls the function in a thread and returns a future: scripts run
+    on a second core while tests go on here."""
+    pool = ThreadPoolExecutor(2)
+    yield pool.submit
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

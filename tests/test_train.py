@@ -407,11 +407,15 @@ def test_coarse_labels_the_cache_and_half_precision_train(tmp_path, run_here, pr
     assert last["recipe"]["images"] == 7 and math.isfinite(last["history"][1]["loss"])
     assert all(value.dtype != torch.float16 and value.dtype != torch.bfloat16
                for value in last["state_dict"].values())
-    if precision == "fp16":  # the scale of the gradients is the checkpoint's, not a new one
+    if precision == "fp16":
         last["scaler"]["scale"] = 8.0
-        torch.save(last | {"step": 3}, tmp_path / "run/last.pt")
+        better = {"event": "validation", "step": 3, "miou": 1.0}
+        torch.save(last | {"step": 3, "history": [better]}, tmp_path / "run/last.pt")
+        best = (tmp_path / "run/best.pt").read_bytes()
         assert run_here(command + "4 --resume").returncode == 0
+        # The scale of the gradients is the checkpoint's, and what is no better no new best.pt.
         assert read_checkpoint(tmp_path / "run/last.pt")["scaler"]["scale"] == 8.0
+        assert (tmp_path / "run/best.pt").read_bytes() == best
 
 
 def test_init_takes_all_weights_but_the_classifiers_of_other_classes(tmp_path, capsys):
