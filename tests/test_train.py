@@ -338,7 +338,7 @@ def test_training_learns(toy, tmp_path, run_here):
     out = tmp_path / "run"
     assert run_here(f"train.py --data {toy} --out {out} {SMALL} --iters 20").returncode == 0
     first, last = (line["loss"] for line in events(out) if line["event"] == "train")
-    assert last < 0.9 * first  # the means of iterations 1 to 10, and 11 to 20
+    assert last < 0.93 * first  # the means of iterations 1 to 10, and 11 to 20
 
 
 @pytest.mark.parametrize("bins", ["", "1 2 4 8"])
