@@ -233,11 +233,14 @@ def reference(runs):
     return runs.folder / "one"
 
 
+def without_speed(history):
+    """Events without what depends on the speed of the machine."""
+    return [{k: v for k, v in event.items() if k not in ("images_per_second", "waiting")}
+            for event in history]
+
+
 def events(out):
-    """The lines of log.jsonl without what depends on the speed of the machine."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")}
-            for line in lines]
+    return without_speed(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
 
 
 def assert_same_run(out, reference):
@@ -277,8 +280,7 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_table(
         ("recipe", 0), *train_steps[:3], ("validation", 3), *train_steps[3:], ("validation", 6)]
     assert [line["lr"] for line in log if line["event"] == "train"] == [
         poly_lr(step, 6) for step in range(6)]
-    assert log == [{k: v for k, v in event.items() if k not in ("images_per_second", "waiting")}
-                   for event in read_checkpoint(out / "last.pt")["history"]]
+    assert log == without_speed(read_checkpoint(out / "last.pt")["history"])
     best = max(line["miou"] for line in log if line["event"] == "validation")
     run_here(f"evaluate.py --ckpt {out}/best.pt --data {toy} --workers 0 "
              f"--json {tmp_path}/scores.json")
