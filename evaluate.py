@@ -199,12 +199,14 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
     except (OSError, DataError, CheckpointError) as error:
         # From a DataLoader's worker it comes with a traceback; the last line is the sentence.
         sentence = str(error).strip().rpartition("\n")[2].removeprefix("cityscapes.DataError: ")
-        sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report Ctrl-C
+    # Here the error is gone, and with it main's progress bar, which ends its line.
+    sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
 
 
 def evaluate(net, dataset, device, workers=4, ids_folder=None, color_folder=None, **protocol):

@@ -19,7 +19,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 # On the CPU, in one thread each: the number of threads changes the order of sums, and tests compare
 # what several processes compute to the byte. (Besides, small networks are slower in more.)
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for the scripts' processes
+CORES = torch.get_num_threads()
 torch.set_num_threads(1)
 
 # A shell lets what it runs in the background ignore Ctrl-C, which the scripts would inherit.
@@ -42,7 +43,7 @@ def words_of(command, processes=1, restarts=0):
 
 def run_script(command, processes=1):
     """Run a script as a user does; returns the completed process, output as text."""
-    return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=120)
+    return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def beside():
 @pytest.fixture
 def all_cores():
     """For what is large, and compared to a tolerance."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(CORES)
     yield
     torch.set_num_threads(1)
 
@@ -65,8 +66,9 @@ def all_cores():
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """run_here(command) runs a script from its first line to its last in this process (starting
-    Python and torch takes seconds); returns its exit code, stdout and stderr."""
-    def run(command):
+    Python and torch takes seconds), which must end with one of `codes`; returns its stdout and
+    stderr."""
+    def run(command, codes=(0,)):
         script, *arguments = command.split()
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         capsys.readouterr()
@@ -78,7 +80,8 @@ def run_here(monkeypatch, capsys):
         out, err = capsys.readouterr()
         if isinstance(code, str):  # Python prints it and exits with 1
             code, err = 1, err + code + "\n"
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+        assert code in codes, err
+        return SimpleNamespace(stdout=out, stderr=err)
 
     return run
 
@@ -88,8 +91,7 @@ def mistake(run_here):
     """mistake(command, *words): the script must end with exit code 1 or 2 and, as the last line on
     stderr, one sentence after its name that holds the words; without a traceback."""
     def check(command, *words):
-        process = run_here(command)
-        assert process.returncode in (1, 2), process
+        process = run_here(command, codes=(1, 2))
         assert "Traceback" not in process.stderr, process.stderr
         sentence = process.stderr.splitlines()[-1]
         assert sentence.startswith(f"{command.split()[0]}: "), process.stderr

@@ -1,8 +1,7 @@
-"""The network against mmsegmentation 1.2.2's numbers (mmseg.pt), torchvision's ResNets and the
-textbook's pyramid head."""
+"""The network against mmsegmentation 1.2.2's numbers (mmseg.pt) and the textbook's pyramid head."""
 import re
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,6 @@ def filled_net(variant):
     return net
 
 
-def images_for(normalised):
-    """Grey levels that the network's own normalisation turns into the given input."""
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1)
-                 for v in (pspnet.MEAN, pspnet.STD))
-    return (normalised.double() * std + mean).to(normalised.dtype)
-
-
 def relative_error(actual, expected):
     """The largest difference as a share of the largest value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
@@ -44,30 +36,28 @@ def relative_error(actual, expected):
 
 @pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_parameters_logits_and_classes_of_all_six_variants_equal_mmsegmentations(variant):
+def test_names_shapes_and_logits_of_all_six_variants_equal_mmsegmentations(variant):
     net, recorded = filled_net(variant), MMSEG["models"][variant]
     assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
         k: tuple(s) for k, s in recorded["keys"]}
-    assert sum(p.numel() for p in net.parameters()) == recorded["n_params"]
     net.double().eval()
     for shape, expected in recorded["eval64"].items():
         with torch.no_grad():
-            stage3, stage4 = net.backbone(net.normalize(images_for(make_input(shape).double())))
+            stage3, stage4 = net.backbone(make_input(shape).double())
             assert relative_error(net.decode_head(stage4), expected["head"]) < 1e-9
             assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
-    for shape, expected in recorded.get("eval", {}).items():  # of float32: but for ties the same
-        with torch.no_grad():
-            classes = net(images_for(make_input(shape).double()))[0].argmax(1)
-        assert (classes == expected["argmax"]).float().mean() > 0.999
 
 
 @pytest.mark.usefixtures("all_cores")
-@pytest.mark.parametrize("variant", ["r50-d8", "r18b-d8"])
-def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentations(variant):
+@pytest.mark.parametrize(("variant", "memory_format"), [
+    ("r50-d8", torch.contiguous_format), ("r18b-d8", torch.channels_last)])
+def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentations(
+        variant, memory_format):
     expected = MMSEG["models"][variant]["train64"]
-    net = filled_net(variant).double().train()
+    net = filled_net(variant).double().train().to(memory_format=memory_format)
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    logits, aux_logits = net(images_for(make_input((2, 3, 64, 128)).double()))
+    net.normalize = lambda images: images  # the recorded input is normalised already
+    logits, aux_logits = net(make_input((2, 3, 64, 128)).double())
     label = make_label(2, 64, 128)
     loss = F.cross_entropy(logits, label, ignore_index=255, reduction="none").mean()
     aux_loss = 0.4 * F.cross_entropy(aux_logits, label, ignore_index=255, reduction="none").mean()
@@ -107,29 +97,13 @@ def test_preprocessing_equals_mmsegmentations():
     assert relative_error(PSPNet(backbone="resnet18").normalize(image), recorded["out"]) < 1e-6
 
 
-# The backbones ------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("all_cores")
-@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
-def test_backbone_equals_torchvisions_with_dilation(name):
-    torch.manual_seed(0)
-    theirs = torchvision.models.get_model(name, replace_stride_with_dilation=[False, True, True])
-    theirs.double().eval()
-    ours = pspnet.ResNet(name).double().eval()
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
-    x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
-    with torch.no_grad():
-        stage3, stage4 = ours(x)
-        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
-        expected3 = theirs.layer3(theirs.layer2(theirs.layer1(x)))
-        assert relative_error(stage3, expected3) < 1e-12
-        assert relative_error(stage4, theirs.layer4(expected3)) < 1e-12
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
-def test_imagenet_weights_are_torchvisions_v1(name):
+def test_imagenet_weights_are_torchvisions_v1_and_fit_the_backbone(name):
     assert BACKBONES[name][-1] == torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    with torch.device("meta"):
+        ours, theirs = pspnet.ResNet(name), torchvision.models.get_model(name)
+    del theirs.fc
+    assert pspnet.shapes(ours.state_dict()) == pspnet.shapes(theirs.state_dict())
 
 
 # The exact pyramid head ---------------------------------------------------------------------------
@@ -141,17 +115,13 @@ def test_imagenet_weights_are_torchvisions_v1(name):
 def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch, training, bins):
     torch.manual_seed(0)
     head = PyramidHead(16, 5, bins).double().train(training)
-    for name, value in head.state_dict().items():  # statistics that batch norm would have learnt
-        if name.endswith(("running_mean", "bn.bias")):
-            value.normal_()
-        if name.endswith(("running_var", "bn.weight")):
-            value.uniform_(0.5, 1.5)
-    statistics = {name: value.clone() for name, value in head.state_dict().items()}
+    fill_state_dict(head.state_dict())  # as if batch norm had learnt
+    state = {name: value.clone() for name, value in head.state_dict().items()}
     x = torch.randn(batch, 16, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(batch, 5, *size, dtype=torch.float64)
     results = []
     for forward in (head.forward, head.textbook_forward):
-        head.load_state_dict(statistics)
+        head.load_state_dict(state)
         torch.manual_seed(1)  # the same dropout
         logits = forward(x)
         gradients = torch.autograd.grad((logits * weight).sum(), [x, *head.parameters()])
@@ -160,17 +130,14 @@ def test_exact_head_equals_textbook_head_in_value_and_every_gradient(size, batch
         assert (actual - expected).abs().max() <= 1e-11 * max(1, expected.abs().max())
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_multiply_adds_are_at_most_four_fifths_of_the_textbooks(training):
+def test_training_takes_at_most_four_fifths_of_the_textbooks_multiply_adds():
     with torch.device("meta"):
-        net, images = PSPNet().train(training), torch.empty(2, 3, 512, 1024)
+        net, images = PSPNet().train(), torch.empty(2, 3, 512, 1024)
     operations = []
     for forward in (net.decode_head.forward, net.decode_head.textbook_forward):
         net.decode_head.forward = forward
         with FlopCounterMode(display=False) as counter:
-            outputs = net(images)
-            if training:
-                sum(output.sum() for output in outputs).backward()
+            sum(output.sum() for output in net(images)).backward()
         operations.append(counter.get_total_flops())
     assert operations[0] <= 0.80 * operations[1]
 
@@ -210,16 +177,7 @@ def test_logits_have_the_size_of_the_images_and_bytes_equal_floats(size):
         assert torch.equal(logits, net(images.float())[0])
 
 
-def test_channels_last_gives_the_same():
-    torch.manual_seed(0)
-    net, images = PSPNet(backbone="resnet18").double().eval(), torch.rand(2, 3, 65, 129) * 255
-    with torch.no_grad():
-        expected = net(images)[0]
-        actual = net.to(memory_format=torch.channels_last)(images)[0]
-    assert relative_error(actual, expected) < 1e-12
-
-
-@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.7 asks the driver even so")
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="asks the driver even so")
 def test_nothing_is_on_another_device_than_the_network():
     """On a machine without a GPU: the operations of one, on shapes without values."""
     with FakeTensorMode(), torch.no_grad():
@@ -228,19 +186,16 @@ def test_nothing_is_on_another_device_than_the_network():
                  for name, value in net.state_dict().items()}
         net.load_state_dict(state, assign=True)
         images = torch.zeros(2, 3, 65, 129, dtype=torch.uint8, device="cuda:0")
-        for training in (True, False):
-            logits, aux_logits = net.train(training)(images)
-            assert logits.device == torch.device("cuda:0") and logits.shape == (2, 19, 65, 129)
-            assert (aux_logits is not None) == training
+        outputs = [*net.train()(images), net.eval()(images)[0]]
         for protocol in ({}, {"scales": (0.5, 1.25)}, {"flip": True}, {"tile": (32, 48)},
                          {"scales": (0.5, 1), "flip": True, "tile": (32, 48)}):
-            prediction = evaluate.predict(net, images[0], **protocol)
-            assert prediction.device == torch.device("cuda:0") and prediction.shape == (65, 129)
+            outputs.append(evaluate.predict(net, images[0], **protocol))
+        assert all(output.device == images.device for output in outputs)
 
 
 def test_compiles_without_graph_breaks():
     torch.manual_seed(0)
-    net = PSPNet(backbone="resnet18").train()
+    net = PSPNet(backbone="resnet18", bins=(2, 3, 6)).train()
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
     images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
@@ -267,7 +222,6 @@ def test_exports_with_dynamic_height_and_width():
 @pytest.mark.usefixtures("all_cores")
 def test_the_script_proves_the_exact_head(run_here):
     process = run_here("pspnet.py")
-    assert process.returncode == 0
     assert "48,975,494 parameters" in process.stdout and "ratio 0.785" in process.stdout
     assert float(process.stdout.split()[-1]) < 1e-12
 
@@ -282,8 +236,7 @@ def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="",
         state = PSPNet(num_classes, backbone).state_dict()
     state = type(state)((k, torch.zeros((), dtype=v.dtype).expand(v.shape))
                         for k, v in state.items() if not k.endswith(without))
-    meta = {"mmseg_version": "0.5.0", "config": config, "CLASSES": ("road", "sidewalk"),
-            "PALETTE": [[128, 64, 128]], "iter": 40000, "env_info": "sys.platform: linux"}
+    meta = {"mmseg_version": "0.5.0", "config": config, "CLASSES": ("road", "sidewalk")}
     torch.save({"meta": meta, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
     return path
 
@@ -291,17 +244,12 @@ def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="",
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_net_recognises_every_backbone_in_mmsegmentations_files(backbone, legacy, tmp_path):
-    net = load_net(mmsegmentation_file(tmp_path / "net.pth", backbone, 11, legacy))
+    without = ("num_batches_tracked",) if legacy else ()  # older files lack batch norm's counters
+    path = mmsegmentation_file(tmp_path / "net.pth", backbone, 11, legacy, without=without)
+    net = load_net(path)
     assert (net.arguments["backbone"], net.arguments["num_classes"]) == (backbone, 11)
     assert net.arguments["bins"] == [1, 2, 3, 6] and net.classes is None and not net.training
     assert all(not value.is_meta and (value == 0).all() for value in net.state_dict().values())
-
-
-def test_load_net_reads_files_without_batch_norms_counters(tmp_path):
-    path = mmsegmentation_file(tmp_path / "net.pth", "resnet18", without=("num_batches_tracked",))
-    counters = [value for name, value in load_net(path).state_dict().items()
-                if name.endswith("num_batches_tracked")]
-    assert counters and all(value == 0 for value in counters)
 
 
 @pytest.mark.parametrize("bins", [(1, 2, 3, 6), (2, 1, 6, 3), (1, 2, 4, 8), (1,), ()])
@@ -317,49 +265,40 @@ def test_load_net_builds_the_network_that_was_saved(tmp_path, bins):
     assert (loaded.arguments, loaded.classes) == (net.arguments, list("abcd"))
 
 
-def refused_files(folder):
-    """file -> what the one sentence must say of it"""
-    good = mmsegmentation_file(folder / "good.pth", "resnet18")
-    legacy = mmsegmentation_file(folder / "legacy.pth", "resnet18", legacy=True)
-    state = torch.load(good, weights_only=True)["state_dict"]
-    contents = {
-        "classifier.pth": ({"state_dict": torchvision.models.resnet18().state_dict()}, "shapes"),
-        "list.pth": ([torch.zeros(3)], "no dictionary of weights"),
-        "none.pth": ({"state_dict": None}, "no dictionary of weights"),
-        "other.pth": ({"net": {}}, "names and shapes"),
-        "number.pth": ({"state_dict": {"weight": 3, 4: 5}}, "names and shapes"),
-        "bias.pth": ({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, "shapes"),
-        "objects.pth": ({"state_dict": re.compile("code")}, "it holds re._compile, which is code"),
-        "numpy.pth": ({"state_dict": np.float64(1)}, "numpy"),
-        "foreign.pth": ({"state_dict": state, "model": "resnet18"}, "is no PSPNet"),
-        "bins.pth": ({"state_dict": state, "model": {"backbone": "resnet18", "bins": [1]}},
-                     "names and shapes"),
-    }
-    for name, (content, _) in contents.items():
-        torch.save(content, folder / name)
-    (folder / "empty.pth").touch()
-    (folder / "text.pth").write_text("404: not found\n")
-    mmsegmentation_file(folder / "missing.pth", "resnet18", without=("conv_seg.weight",))
-    mmsegmentation_file(folder / "d32.pth", "resnet50", config="backbone=(strides=(1, 2, 2, 2))")
-    mmsegmentation_file(folder / "769.pth", "resnet50_v1c", config="align_corners=True")
-    expected = {name: words for name, (_, words) in contents.items()} | {
-        "empty.pth": "get it again", "text.pth": "get it again", "missing.pth": "names and shapes",
-        "d32.pth": "strides=(1, 2, 2, 2)", "769.pth": "align_corners=True"}
-    for whole in (good, legacy):
-        for share in (0.1, 0.5, 0.999):
-            cut = folder / f"{share}_{whole.name}"
-            cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
-            expected[cut.name] = "get it again"
-    return expected
-
-
 def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
-    for name, expected in refused_files(tmp_path).items():
+    path = tmp_path / "net.pth"
+
+    def refused(words):
         with pytest.raises(CheckpointError) as refusal:
-            load_net(tmp_path / name)
+            load_net(path)
         message = str(refusal.value)
-        assert str(tmp_path / name) in message and expected in message, (name, message)
-        assert "\n" not in message, name
+        assert str(path) in message and words in message and "\n" not in message, message
+
+    state = torch.load(mmsegmentation_file(path, "resnet18"), weights_only=True)["state_dict"]
+    for content, words in (
+            ([torch.zeros(3)], "no dictionary of weights"),
+            ({"state_dict": None}, "no dictionary of weights"),
+            ({"net": {}}, "names and shapes"),
+            ({"state_dict": {"weight": 3, 4: 5}}, "names and shapes"),
+            ({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, "names and shapes"),
+            ({"state_dict": re.compile("code")}, "it holds re._compile, which is code"),
+            ({"state_dict": state, "model": "resnet18"}, "is no PSPNet"),
+            ({"state_dict": state, "model": {"backbone": "resnet18", "bins": [1]}},
+             "names and shapes")):
+        torch.save(content, path)
+        refused(words)
+    for options, words in (({"without": ("conv_seg.weight",)}, "names and shapes"),
+                           ({"config": "strides=(1, 2, 2, 2)"}, "strides=(1, 2, 2, 2)"),
+                           ({"config": "align_corners=True"}, "align_corners=True")):
+        mmsegmentation_file(path, "resnet50", **options)
+        refused(words)
+    damaged = [b"", b"404: not found\n"]
+    for legacy in (True, False):
+        whole = mmsegmentation_file(path, "resnet18", legacy=legacy).read_bytes()
+        damaged += [whole[: int(share * len(whole))] for share in (0.1, 0.5, 0.999)]
+    for content in damaged:
+        path.write_bytes(content)
+        refused("get it again")
     for name in ("nothing.pth", "."):
         with pytest.raises(OSError, match=str(tmp_path / name)):
             load_net(tmp_path / name)
@@ -393,22 +332,13 @@ def test_imagenet_weights_are_downloaded_once_and_never_run_as_code(tmp_path, mo
         cached.write_bytes(damage)
         with pytest.raises(CheckpointError, match=f"{cached} cannot be read"):
             load_backbone(net, "imagenet")
-
-    class Trap:
-        def __reduce__(self):
-            return downloads.clear, ()
-
-    torch.save({"conv1.weight": Trap()}, cached)
-    with pytest.raises(CheckpointError, match="which is code"):
+    torch.save(re.compile("code"), cached)
+    with pytest.raises(CheckpointError, match=f"{cached} .*re._compile, which is code"):
         load_backbone(net, "imagenet")
-    assert downloads
 
 
 def test_load_backbone_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no network")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", fail)
+    monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=OSError("no network")))
     with pytest.raises(CheckpointError, match="resnet50_v1c-2cccc1ad.pth.*no network.*--weights"):
         load_backbone(PSPNet(), "imagenet")

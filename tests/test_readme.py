@@ -16,13 +16,9 @@ from pspnet import PSPNet
 README = (SCRIPTS / "README.md").read_text()
 BLOCKS = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
 COMMANDS = re.findall(r"^(?:python|torchrun) .*", BLOCKS, re.M)
+assert len(COMMANDS) == 10, COMMANDS
 SMALL = ("--backbone resnet18 --weights none --crop 32 64 --batch-size 4 --iters 2 --workers 0 "
          "--out {}")
-
-
-def test_the_commands_of_the_readme_are_found():
-    assert len(COMMANDS) == 10
-    assert any("tests/toy_cityscapes.py data/toy" in command for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,8 +50,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, run_here):
             monkeypatch.setattr(sys, "argv", words[1:])
             runpy.run_module(words[1], run_name="__main__")
         else:
-            process = run_here(" ".join(words))
-            assert process.returncode == 0, process.stderr
+            run_here(" ".join(words))
 
 
 def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, run_here):
@@ -82,8 +77,8 @@ def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, ru
             Image.fromarray(pixels).save(root / f"JPEGImages/{name}.jpg")
     train = f"--data {tmp_path} {SMALL.format(tmp_path / 'run')}"
     process = run_here(f"{tmp_path}/train.py {train}")
-    assert process.returncode == 0 and "21 classes" in process.stdout, process.stderr
+    assert "21 classes" in process.stdout
     process = run_here(f"{tmp_path}/evaluate.py --ckpt {tmp_path}/run/best.pt --data {tmp_path} "
                        f"--workers 0 --save-ids {tmp_path}/ids")
-    assert process.returncode == 0 and "tv  " in process.stdout, process.stderr
+    assert "tv  " in process.stdout
     assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == ["c.png", "d.png"]
