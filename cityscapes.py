@@ -385,7 +385,7 @@ def main():
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
                         help="size of the training samples in pixels (512 1024)")
     parser.add_argument("--sheet", default="samples.png", metavar="FILE",
-                        help="where to draw training samples (samples.png)")
+                        help="where to draw training samples, a PNG (samples.png)")
     args = parser.parse_args()
     if min(args.crop) < 1:
         parser.error("--crop takes positive numbers")
