@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-Each is one recipe: 40,000 iterations of 8 images of 512x1024, that of mmsegmentation 1.2.2's
+All run one recipe: 40,000 iterations of 8 images of 512x1024, that of mmsegmentation 1.2.2's
 pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (which reached 77.85 mIoU on val), in bfloat16 on a GPU
 that has it. README.md lists how it differs from the paper's. The folder --out gets
 
@@ -208,13 +208,13 @@ def main():
     if world > 1:
         model = DistributedDataParallel(model)
 
-    # Iteration i has the batch_size samples from i * batch_size on, process r every world-th.
     stream = TrainingStream(train_set, args.crop, args.seed)
+    # Iteration i has the batch_size samples from i * batch_size on, process r every world-th.
     samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
     batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
                               num_workers=args.workers, pin_memory=device.type != "cpu"))
     loss_sum = torch.zeros((), device=device)
-    logged, since, waited = step, time.perf_counter(), 0.0  # of the log's latest line; seconds
+    logged, since, waited = step, time.perf_counter(), 0.0  # at the log's latest line, or since it
     bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0)
 
     while step < args.iters:

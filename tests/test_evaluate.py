@@ -241,15 +241,19 @@ def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
 
 def test_evaluate_predicts_by_the_protocol_and_the_script_names_it(
         toy, checkpoint, tmp_path, run_here, monkeypatch):
-    net, spy = evaluate.load_net(checkpoint), Mock(wraps=predict)
+    spy, val_set = Mock(wraps=predict), evaluate.Cityscapes(toy, "val")
+    net = evaluate.load_net(checkpoint).to(memory_format=torch.channels_last)
+    plain = evaluate.evaluate(net, val_set, torch.device("cpu"), 0)
     protocol = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [48, 80]}
     monkeypatch.setattr(evaluate, "predict", spy)
-    evaluate.evaluate(net, evaluate.Cityscapes(toy, "val"), torch.device("cpu"), 0, **protocol)
+    matrix = evaluate.evaluate(net, val_set, torch.device("cpu"), 0, **protocol)
     assert [call.kwargs for call in spy.call_args_list] == [protocol] * 5
     process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --flip --tile 48 80 "
                        f"--scales 0.5 1 --workers 0 --precision bf16 --json {tmp_path}/a.json")
     assert process.stdout.endswith(f"5 images of val, {protocol}\n")
-    assert json.loads((tmp_path / "a.json").read_text())["protocol"] == protocol
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["protocol"] == protocol
+    assert result["confusion_matrix"] == matrix.tolist() != plain.tolist()
 
 
 # Photographs --------------------------------------------------------------------------------------
