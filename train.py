@@ -34,7 +34,7 @@ from cityscapes import Cityscapes  # the data set: for one of your own change th
 from cityscapes import VOID, DataError, TrainingStream, colored, photograph, save_sheet, save_whole
 from evaluate import (autocast, evaluate, format_scores, join_processes, predict, run, scores_of,
                       share_of_cores, this_process)
-from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_checkpoint
+from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_weights
 
 
 def poly_lr(step, iters, base_lr=0.01):
@@ -127,14 +127,14 @@ def initialize(net, args, classes):
 def restore(path, recipe, net, optimizer, scaler):
     """Give `net`, `optimizer` and `scaler` what the checkpoint of a run holds; returns its step and
     history. Raises CheckpointError where it is of another recipe."""
-    checkpoint = read_checkpoint(path)
+    state, checkpoint = read_weights(path)
     before = checkpoint.get("recipe", {})
     changed = [f"{name} was {before.get(name)} and is {recipe.get(name)}"
                for name in before | recipe if before.get(name) != recipe.get(name)]
     if changed:
         raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): resume "
                               "with the old one, or start again with another --out")
-    net.load_state_dict(checkpoint["state_dict"])
+    net.load_state_dict(state)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["step"], checkpoint["history"]

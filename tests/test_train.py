@@ -445,6 +445,8 @@ def test_a_checkpoint_that_cannot_be_resumed_from_is_refused(toy, tmp_path, refe
     content = (reference / "last.pt").read_bytes()
     last.write_bytes(content[: len(content) // 2])
     mistake(command, f"{last} cannot be read")
+    torch.save([1], last)
+    mistake(command, f"{last} holds no dictionary of weights")
     whole = read_checkpoint(reference / "last.pt")
     torch.save({"state_dict": whole["state_dict"]}, last)
     mistake(command, f"the recipe of {last} was another", "backbone was None and is resnet18")
