@@ -1,23 +1,26 @@
 """PSPNet, the Pyramid Scene Parsing Network (H. Zhao et al., CVPR 2017, arXiv:1612.01105).
 
-    net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
-    logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W);
-                                      # aux_logits: a second classifier's, for the loss, or None
-    net = load_net("best.pt")         # from train.py, or one of mmsegmentation's published files
+    net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))  # to read
+    net = FastPSPNet(19)        # to run: the same function, with a fifth less arithmetic
+    net = load_net("best.pt")   # from train.py, or one of mmsegmentation's published files
+    logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
 
-    python pspnet.py                  # parameters, GFLOPs, and a check that the head is exact
+    python pspnet.py            # parameters, arithmetic, and the difference between the two
 
-A ResNet that keeps an eighth of the image's resolution, a pyramid of averages over grids of 1x1,
-2x2, 3x3 and 6x6 regions that tells every position what scene it is in, and a classifier. Names of
-weights and results are those of mmsegmentation 1.2.2, the reference (tests/test_pspnet.py: to 1e-9
-in float64), for a fifth less arithmetic: `PyramidHead.forward` explains how, and why it is exact.
+To name the class of a pixel one has to know the scene around it. The same shape is a boat on a
+river and a car on a street. PSPNet is a ResNet that keeps an eighth of the image's resolution, and
+a head that looks at the whole scene. The head averages the features over grids of 1x1, 2x2, 3x3 and
+6x6 regions, and hands the averages back to every position.
+
+The weights have the names that mmsegmentation 1.2.2 gives them, and the results are the same
+(tests/test_pspnet.py compares them in float64). The lesson is the first part, up to the end of
+PSPNet. It runs by itself.
 """
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Mean and standard deviation of ImageNet's photographs: R, G and B, each of 0..255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -28,7 +31,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 def shortcut(in_channels, out_channels, stride):
     """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
-    blocks call it `downsample`, as the files of weights do, whatever the stride."""
+    blocks call it `downsample`, because files of weights do."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -48,7 +51,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn2.weight)  # a block starts as its shortcut
+        nn.init.zeros_(self.bn2.weight)  # A new block is its shortcut: easier to train at first.
         self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x):
@@ -73,7 +76,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        nn.init.zeros_(self.bn3.weight)
+        nn.init.zeros_(self.bn3.weight)  # A new block is its shortcut: easier to train at first.
         self.downsample = shortcut(in_channels, 4 * channels, stride)
 
     def forward(self, x):
@@ -86,33 +89,32 @@ class Bottleneck(nn.Module):
 
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks per stage, ImageNet weights; V1c has another stem, see ResNet
-    "resnet18": (BasicBlock, (2, 2, 2, 2), TORCHVISION + "resnet18-f37072fd.pth"),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), TORCHVISION + "resnet50-0676ba61.pth"),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), TORCHVISION + "resnet101-63fe2227.pth"),
-    "resnet18_v1c": (BasicBlock, (2, 2, 2, 2), OPENMMLAB + "resnet18_v1c-b5776b93.pth"),
-    "resnet50_v1c": (Bottleneck, (3, 4, 6, 3), OPENMMLAB + "resnet50_v1c-2cccc1ad.pth"),
-    "resnet101_v1c": (Bottleneck, (3, 4, 23, 3), OPENMMLAB + "resnet101_v1c-e67eebb6.pth"),
+BACKBONES = {  # block, blocks in each stage, is the stem deep, ImageNet weights
+    "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
+    "resnet18_v1c": (BasicBlock, (2, 2, 2, 2), True, OPENMMLAB + "resnet18_v1c-b5776b93.pth"),
+    "resnet50_v1c": (Bottleneck, (3, 4, 6, 3), True, OPENMMLAB + "resnet50_v1c-2cccc1ad.pth"),
+    "resnet101_v1c": (Bottleneck, (3, 4, 23, 3), True, OPENMMLAB + "resnet101_v1c-e67eebb6.pth"),
 }
 
 
 class ResNet(nn.Module):
-    """A ResNet (He et al., CVPR 2016) of output stride 8: normalised images (B, 3, H, W) -> stage 3
-    (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8, W/8), where e is the block's expansion, 1 or 4,
-    and H/8 and W/8 round up.
+    """A ResNet (He et al., CVPR 2016) whose output has an eighth of the image's resolution:
+    normalised images (B, 3, H, W) -> stage 3 (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8, W/8),
+    where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
-    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution as well. Here they
-    have stride 1, and their 3x3 convolutions (of a BasicBlock the first) are dilated by 2 and 4, so
-    that they reach as far in the image as their ImageNet weights are used to. The first block of
-    such a stage keeps the dilation of the stage before, whose output it reads (as in torchvision
-    and mmsegmentation). V1c has another stem, the layers before stage 1: three 3x3 convolutions
-    instead of one 7x7.
+    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they have
+    stride 1. To reach as far in the image as before, as their ImageNet weights are used to, their
+    3x3 convolutions are dilated by 2 and 4 (in a BasicBlock only the first one is). The first block
+    of a stage reads the output of the stage before, so it keeps the dilation of that stage (as in
+    torchvision and mmsegmentation). The stem, the layers before stage 1, is one 7x7 convolution. In
+    the variant V1c it is three 3x3 convolutions, a "deep" stem.
     """
 
     def __init__(self, name):
         super().__init__()
-        block, depths, _ = BACKBONES[name]
-        self.deep_stem = name.endswith("_v1c")
+        block, depths, self.deep_stem, _ = BACKBONES[name]
         if self.deep_stem:
             self.stem = nn.Sequential(
                 nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
@@ -123,68 +125,37 @@ class ResNet(nn.Module):
             self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        def stage(in_channels, channels, depth, stride=1, dilation=1):
-            before = max(1, dilation // 2)  # the dilation of the stage before: 1, 1, 1, 2
-            blocks = [block(in_channels, channels, stride, before)]
-            in_channels = channels * block.expansion
-            blocks += [block(in_channels, channels, 1, dilation) for _ in range(depth - 1)]
+        e = block.expansion
+
+        def stage(in_channels, channels, depth, stride=1, first_dilation=1, dilation=1):
+            blocks = [block(in_channels, channels, stride, first_dilation)]
+            for _ in range(depth - 1):
+                blocks.append(block(e * channels, channels, 1, dilation))
             return nn.Sequential(*blocks)
 
-        e = block.expansion
         self.layer1 = stage(64, 64, depths[0])
         self.layer2 = stage(64 * e, 128, depths[1], stride=2)
-        self.layer3 = stage(128 * e, 256, depths[2], dilation=2)
-        self.layer4 = stage(256 * e, 512, depths[3], dilation=4)
+        self.layer3 = stage(128 * e, 256, depths[2], first_dilation=1, dilation=2)
+        self.layer4 = stage(256 * e, 512, depths[3], first_dilation=2, dilation=4)
 
     def forward(self, x):
-        x = self.stem(x) if self.deep_stem else F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer2(self.layer1(self.maxpool(x)))  # stem, maxpool, layer2: each halves H and W
+        if self.deep_stem:
+            x = self.stem(x)  # H/2, W/2
+        else:
+            x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer1(self.maxpool(x))  # H/4, W/4
+        x = self.layer2(x)  # H/8, W/8, and from here on
         stage3 = self.layer3(x)
-        return stage3, self.layer4(stage3)
-
-
-# Pooling and stretching as matrix products ------------------------------------------------------
-
-
-def unit_vectors(length, like):
-    """The identity matrix, (1, length, length), on the device of `like`. What a linear function
-    makes of its row i, the i-th unit vector, is column i of that function's own matrix."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 is too coarse for positions
-    return torch.eye(length, dtype=dtype, device=like.device)[None]
-
-
-def pooling_matrix(cells, length, like):
-    """P, (1, 1, cells, length), of average pooling: with P of h and Q of w, P @ x @ Q.mT holds the
-    means of x (B, C, h, w) by regions, which overlap where `cells` doesn't divide `length`."""
-    pooled = F.adaptive_avg_pool1d(unit_vectors(length, like), cells)
-    return pooled.mT.to(like.dtype)[None]
-
-
-def interpolation_matrix(cells, length, like):
-    """R, (1, 1, length, cells), of linear interpolation: with R of h and S of w, R @ p @ S.mT
-    stretches p (B, C, cells, cells) bilinearly to h x w (align_corners=False)."""
-    stretched = F.interpolate(unit_vectors(cells, like), length, mode="linear")
-    return stretched.mT.to(like.dtype)[None]
-
-
-def upsample(x, size):
-    """x (B, C, h, w) -> (B, C, *size), bilinear, in float32 (or float64) also under autocast,
-    because the loss is computed from it. (F.interpolate is slower on a CPU, and on CUDA its
-    gradient is nondeterministic; see torch.use_deterministic_algorithms.)"""
-    device = "cpu" if x.is_meta else x.device.type  # "meta", shapes without values, has no autocast
-    with torch.autocast(device, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rows = interpolation_matrix(x.shape[-2], size[0], like=x)
-        columns = interpolation_matrix(x.shape[-1], size[1], like=x)
-        return rows @ (x @ columns.mT)
+        stage4 = self.layer4(stage3)
+        return stage3, stage4
 
 
 # The heads --------------------------------------------------------------------------------------
 
 
 class ConvBNReLU(nn.Sequential):
-    """Convolution of stride 1 that keeps the size, batch norm, ReLU: nn.Sequential runs its
-    attributes in the order in which they are set."""
+    """Convolution of stride 1 that keeps the size, batch norm, ReLU. nn.Sequential has a forward of
+    its own. It runs the modules in the order in which they were set here."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -194,16 +165,10 @@ class ConvBNReLU(nn.Sequential):
         self.relu = nn.ReLU(inplace=True)
 
 
-def three_shifts(matrix):
-    """R, (1, 1, n, k) -> [R_0 R_1 R_2] of step 4 below, (1, 1, n, 3k): row i of the result is rows
-    i - 1, i and i + 1 side by side, with zeros beyond the first and the last."""
-    padded = F.pad(matrix, (0, 0, 1, 1))  # a row of zeros above and below
-    return torch.cat([padded[:, :, :-2], padded[:, :, 1:-1], padded[:, :, 2:]], dim=3)
-
-
 class PyramidHead(nn.Module):
-    """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> (B, num_classes, h,
-    w). `bins` are the levels: k averages x over a grid of k x k regions; () leaves them out."""
+    """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
+    num_classes, h, w). Each number k in `bins` is a level of the pyramid. It averages x over a grid
+    of k x k regions. With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -212,104 +177,59 @@ class PyramidHead(nn.Module):
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
             for k in self.bins)
-        # "bottleneck" is mmsegmentation's name for it; it has nothing to do with the block above.
+        # The name is mmsegmentation's. It has nothing to do with the block Bottleneck.
         self.bottleneck = ConvBNReLU(in_channels + len(self.bins) * channels, channels, 3)
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
-    def textbook_forward(self, x):
-        """As in the paper: each level averages x, has a 1x1 convolution, batch norm and ReLU, and
-        is stretched to h x w; a 3x3 convolution reads the stack of x and the levels (in ResNet-50
-        2048 + 4 * 512 channels)."""
-        stretched = [F.interpolate(level(x), x.shape[-2:], mode="bilinear", align_corners=False)
-                     for level in self.psp_modules]
-        y = self.bottleneck(torch.cat([x, *stretched], dim=1))
-        return self.conv_seg(self.dropout(y))
-
     def forward(self, x):
-        """The same with less arithmetic: channels are mixed before they are stretched.
-
-        Half of the channels that the 3x3 convolution reads are stretched from 1, 4, 9 and 36 cells.
-        Call p_k the k x k cells of level k, after their ReLU. What is between the p_k and the batch
-        norm after the 3x3 convolution is linear, and is rewritten:
-
-        1. A convolution of a stack is the sum of one convolution per part, each with its own slice
-           of the weight:  conv(stack; W) = conv(x; W_x) + sum over k of conv(stretched p_k; W_k).
-           The next two steps are about one level, and write p and W for its p_k and W_k.
-        2. Stretching acts on rows and columns of each channel i of p: it makes R p_i S^T of p_i,
-           with R (h, k) and S (w, k) from `interpolation_matrix`.
-        3. A 3x3 convolution adds nine copies of its input, one for each tap (u, v) of the kernel,
-           u and v = 0, 1, 2. At (r, c) a copy shows the input at (r + u - 1, c + v - 1), and
-           output channel o mixes its channels i by W[o, i, u, v]. Mixing channels and moving
-           pixels don't interfere, so mix first, on the k x k cells, and stretch and move after:
-               conv(R p S^T; W)_o = sum over u, v of  R_u (sum over i of W[o, i, u, v] p_i) S_v^T,
-           where row r of R_u is row r + u - 1 of R, or zeros where R has no such row: they are the
-           zero padding of the convolution. S_v likewise.
-        4. That sum is a product of block matrices: [R_0 R_1 R_2], (h, 3k), times the nine mixtures
-           as blocks of a (3k, 3k) matrix, times [S_0 S_1 S_2]^T, (3k, w). Multiply the last two;
-           then the sum over the levels is one product as well: the left factors stand side by
-           side, the right ones below each other; the inner dimension is 3 (1 + 2 + 3 + 6) = 36.
-        """
-        parts = [x.shape[1]] + [x.shape[1] // 4] * len(self.bins)  # channels of x, of each level
-        weight_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
-        y = F.conv2d(x, weight_x, padding=1)
-        if self.bins:
-            y += self.convolved_levels(x, weights)
-        y = F.relu(self.bottleneck.bn(y), inplace=True)
+        levels = [x]  # in ResNet-50 (B, 2048, h, w)
+        for level in self.psp_modules:
+            p = level(x)  # averages, 1x1 convolution, batch norm, ReLU: (B, 512, k, k)
+            p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
+            levels.append(p)  # (B, 512, h, w)
+        y = torch.cat(levels, dim=1)  # (B, 2048 + 4 * 512, h, w)
+        y = self.bottleneck(y)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
         return self.conv_seg(self.dropout(y))
-
-    def convolved_levels(self, x, weights):
-        """The sum over k of conv(stretched p_k; W_k), (B, channels, h, w), by steps 2 to 4."""
-        h, w = x.shape[-2:]
-        # Down the columns for all levels at once, as x is large: (B, C, 1 + 2 + 3 + 6, w).
-        strips = torch.cat([pooling_matrix(k, h, like=x) for k in self.bins], dim=2) @ x
-        lefts, rights = [], []
-        for k, strip, (_, conv_bn_relu), weight in zip(
-                self.bins, strips.split(self.bins, dim=2), self.psp_modules, weights, strict=True):
-            means = strip @ pooling_matrix(k, w, like=x).mT  # k x k, as _, the pooling, gives
-            p = conv_bn_relu(means)  # (B, channels, k, k)
-            # b: images; o, i: channels out and in; u, v: taps; m, n: rows and columns of cells
-            mixtures = torch.einsum("oiuv,bimn->boumvn", weight, p)
-            blocks = mixtures.reshape(*mixtures.shape[:2], 3 * k, 3 * k)
-            lefts.append(three_shifts(interpolation_matrix(k, h, like=x)))  # (1, 1, h, 3k)
-            rights.append(blocks @ three_shifts(interpolation_matrix(k, w, like=x)).mT)
-        return torch.cat(lefts, dim=3) @ torch.cat(rights, dim=2)  # (h, 36) @ (36, w) per channel
 
 
 class AuxiliaryHead(nn.Sequential):
-    """A classifier on stage 3, which helps to train the deep network (section 3.3, figure 4):
-    x (B, C, h, w) -> (B, num_classes, h, w)."""
+    """A second classifier, on stage 3: x (B, C, h, w) -> logits (B, num_classes, h, w). Its loss
+    helps to train a deep network (section 3.3, figure 4). It is used in training only."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
         channels = in_channels // 4
-        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # "convs.0" in files
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
 
+# The network ------------------------------------------------------------------------------------
+
+
 class PSPNet(nn.Module):
-    """The whole network; `backbone` is a name in BACKBONES, `bins` as in PyramidHead (the paper's
-    table 1 compares some).
+    """The whole network. `backbone` is a name in BACKBONES, `bins` are the levels of PyramidHead
+    (the paper's table 1 compares some).
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
-    and W; the network normalises them itself. Both logits: (B, num_classes, H, W), float;
-    aux_logits is None in eval mode, where nobody uses it. In train mode B must be 2 or more where 1
-    is among the bins, as that level gives batch norm one value per image.
+    and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
+    aux_logits are None in eval mode, where nobody needs them. In train mode, where 1 is among the
+    bins, B must be 2 or more: that level gives batch norm one value per image and channel.
 
     Weights start at random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan
-    out, classifiers N(0, 0.01^2) with bias 0, and 0 for the last batch norm of each residual block.
-    `load_backbone` brings ImageNet's weights.
+    out, classifiers N(0, 0.01^2) with bias 0. `load_backbone` brings ImageNet's weights.
     """
+
+    Head = PyramidHead  # FastPSPNet has another Head, and another `upsample`
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
-        # A checkpoint has them beside the weights, so that load_net can build the network again.
+        # Checkpoints hold the arguments, so that load_net can build the network again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
-        self.classes = None  # their names, where load_net finds them in a checkpoint
         channels = 512 * BACKBONES[backbone][0].expansion
         self.backbone = ResNet(backbone)
-        self.decode_head = PyramidHead(channels, num_classes, bins)
+        self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -321,15 +241,128 @@ class PSPNet(nn.Module):
     def forward(self, images):
         size = images.shape[-2:]
         stage3, stage4 = self.backbone(self.normalize(images))
-        logits = upsample(self.decode_head(stage4), size)
-        aux_logits = upsample(self.auxiliary_head(stage3), size) if self.training else None
+        logits = self.upsample(self.decode_head(stage4), size)
+        aux_logits = None
+        if self.training:
+            aux_logits = self.upsample(self.auxiliary_head(stage3), size)
         return logits, aux_logits
+
+    def upsample(self, x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
     def normalize(self, images):
         """Values of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN and
-        STD stay Python's numbers: they are on no device, and in no file of weights.)"""
+        STD are no buffers, because mmsegmentation's files don't hold them.)"""
         dtype = self.decode_head.conv_seg.weight.dtype
-        return torch.stack([(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+        channels = [(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)]
+        return torch.stack(channels, dim=1)
+
+
+# Here the lesson ends. What follows is the same network, only faster, and files of weights. ------
+
+
+def region_matrix(k, length, like):
+    """M, (k, length): M[m, r] is 1 where position r lies in region m of an axis in k regions, else
+    0. Region m goes from floor(m length / k) to before ceil((m + 1) length / k), as in
+    nn.AdaptiveAvgPool2d. (M has the device and the dtype of `like`.)"""
+    region = torch.arange(k, device=like.device)[:, None]
+    position = torch.arange(length, device=like.device)
+    start = region * length // k
+    end = ((region + 1) * length + k - 1) // k
+    return ((start <= position) & (position < end)).to(like.dtype)
+
+
+def interpolation_matrix(cells, length, like):
+    """R, (length, cells), of linear interpolation along an axis (align_corners=False): value r of
+    the result is the sum over m of R[r, m] times cell m. R[r, m] is 1 minus the distance from r to
+    cell m, or 0. (R has the device and the dtype of `like`.)"""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot hold 256.5
+    r = torch.arange(length, dtype=dtype, device=like.device)[:, None]
+    position = ((r + 0.5) * cells / length - 0.5).clamp(0, cells - 1)  # of r, counted in cells
+    distance = (position - torch.arange(cells, dtype=dtype, device=like.device)).abs()
+    return (1 - distance).clamp(min=0).to(like.dtype)
+
+
+def with_neighbours(matrix):
+    """(length, k) -> (length, 3 k): row r becomes rows r - 1, r and r + 1 side by side. Rows beyond
+    the ends are 0, which is the zero padding of the convolution."""
+    padded = F.pad(matrix, (0, 0, 1, 1))
+    return torch.cat([padded[:-2], padded[1:-1], padded[2:]], dim=1)
+
+
+class FastPyramidHead(PyramidHead):
+    """The same function as PyramidHead, for half its arithmetic.
+
+    A convolution of a stack is the sum of one convolution per part. So take one level p, (k, k) per
+    channel i, with its part W of the weight. Stretched to h x w, its channel i is at row r and
+    column c the sum over m and n of R[r, m] p[i, m, n] S[c, n], where R and S are the interpolation
+    matrices of h and w. The 3x3 convolution multiplies this by its weight at nine shifts, u and v =
+    0, 1, 2, and sums over the channels:
+
+        y[o, r, c] = sum over i, u, v, m, n of
+                     R[r + u - 1, m]  W[o, i, u, v]  p[i, m, n]  S[c + v - 1, n]
+
+    The textbook multiplies R, p and S first, and then by W at h x w positions. This head multiplies
+    W and p first, on k x k cells, then R, and S last. It is the same sum in another order.
+    """
+
+    def forward(self, x):
+        parts = [x.shape[1]] + [x.shape[1] // 4] * len(self.bins)  # channels of x, of each level
+        weight_of_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
+        y = F.conv2d(x, weight_of_x, padding=1)
+        if self.bins:
+            y = y + self.convolve_levels(x, weights)
+        y = F.relu(self.bottleneck.bn(y), inplace=True)
+        return self.conv_seg(self.dropout(y))
+
+    def convolve_levels(self, x, weights):
+        """The y of the formula, summed over the levels: (B, o, h, w). What is as large as x is read
+        once for all levels. Channels are last, as they are in x's memory."""
+        h, w = x.shape[2:]
+        lefts, rights = [], []  # the factors of the last product, by level
+        for k, means, level, W in zip(self.bins, self.pool(x), self.psp_modules, weights,
+                                      strict=True):
+            _, conv_bn_relu = level  # _ is the textbook's pooling
+            p = conv_bn_relu(means)  # (B, i, m, n)
+            mixed = torch.einsum("oiuv,bimn->bumvno", W, p)
+            mixed = mixed.flatten(3).flatten(1, 2)  # (B, u m, v n o)
+            R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m)
+            S = with_neighbours(interpolation_matrix(k, w, x))  # (c, v n)
+            lefts.append((R @ mixed).unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
+            rights.append(S)
+        # The sum over v and n, and over the levels: (c, all v n) @ (B, r, all v n, o)
+        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
+        return y.permute(0, 3, 1, 2)
+
+    def pool(self, x):
+        """x (B, C, h, w) -> a list with the means of each level's regions, (B, C, k, k). The sums
+        are products with 0 and 1, which bfloat16 holds exactly; 1 / 3 it does not."""
+        h, w = x.shape[2:]
+        x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
+        rows = torch.cat([region_matrix(k, h, x) for k in self.bins])  # (1 + 2 + 3 + 6, h)
+        strips = rows @ x.flatten(2) / rows.sum(dim=1, keepdim=True)  # (B, 1 + 2 + 3 + 6, w C)
+        means = []
+        for k, strip in zip(self.bins, strips.split(self.bins, dim=1), strict=True):
+            columns = region_matrix(k, w, x)
+            cells = columns @ strip.unflatten(2, (w, -1)) / columns.sum(dim=1, keepdim=True)
+            means.append(cells.permute(0, 3, 1, 2))  # from (B, k, k, C)
+        return means
+
+
+class FastPSPNet(PSPNet):
+    """The same function as PSPNet: faster, and on a GPU the same bytes each time."""
+
+    Head = FastPyramidHead
+
+    def upsample(self, x, size):
+        """Bilinear as well, as two matrix products, since the gradient of F.interpolate is not
+        deterministic on CUDA. In float32 (or float64) also under autocast, for the loss."""
+        device = "cpu" if x.is_meta else x.device.type  # "meta" has no autocast
+        with torch.autocast(device, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            R = interpolation_matrix(x.shape[2], size[0], x)
+            S = interpolation_matrix(x.shape[3], size[1], x)
+            return R @ (x @ S.mT)
 
 
 # Weights from files -----------------------------------------------------------------------------
@@ -339,46 +372,43 @@ class CheckpointError(Exception):
     """A file does not hold the weights that were asked for. The text is a sentence for the user."""
 
 
-def read_checkpoint(path):
-    """What torch.save wrote to `path`, tensors on the CPU; nothing in it is run (weights_only).
-    Raises OSError, and CheckpointError where the file is damaged or holds other Python objects."""
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file makes torch.load raise almost anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if "GLOBAL " in reason:  # PyTorch's text, in which the name of a class follows
-                reason = (f"it holds {reason.partition('GLOBAL ')[2].split()[0]}, which is code: "
-                          "save {'state_dict': ...} alone, with the program that wrote the file")
-            raise CheckpointError(f"{path} cannot be read as tensors and plain Python; get it "
-                                  f"again, or remove it ({reason})") from error
-
-
-def shapes(state):
-    """name -> shape in a state dict, except batch norm's counters, which older files lack. (The
-    dictionary of another program may hold anything.)"""
-    return {name: getattr(value, "shape", None) for name, value in state.items()
-            if not str(name).endswith("num_batches_tracked")}
+def reason_of(error):
+    """The line of a loading error that says what is wrong, in PyTorch's words."""
+    lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def read_weights(path):
-    """(state dict, checkpoint) in a file; a state dict that is there alone counts as both. Raises
-    OSError, and CheckpointError where there is no state dict."""
-    checkpoint = read_checkpoint(path)
+    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A state dict without a
+    checkpoint around it counts as both. Raises OSError, and CheckpointError where the file holds no
+    weights."""
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        except Exception as error:  # a damaged file makes torch.load raise almost anything
+            raise CheckpointError(f"{path} cannot be read as what torch.save writes "
+                                  f"({reason_of(error)})") from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no dictionary of weights")
     return state, checkpoint
 
 
-def load_net(path):
-    """The PSPNet that the checkpoint holds, on the CPU, in eval mode, in float32. net.classes are
-    the names of its classes, or None where the checkpoint doesn't tell.
+def shapes(state):
+    """name -> shape in a state dict, without batch norm's counters, which older files lack. (The
+    dictionary of another program may hold anything.)"""
+    return {name: getattr(value, "shape", None) for name, value in state.items()
+            if not str(name).endswith("num_batches_tracked")}
 
-    train.py's checkpoints say which network they are of ("model", the arguments of PSPNet).
-    mmsegmentation's (the names of the weights are the same) are recognised by their shapes.
-    Raises OSError, and CheckpointError for every other file, also for mmsegmentation's PSPNets of
-    output stride 32 and of align_corners=True (crop 769x769), although their weights would fit.
+
+def load_net(path):
+    """The FastPSPNet that a checkpoint holds, on the CPU, in eval mode, in float32. Its attribute
+    class_names is a list, or None where the checkpoint has none.
+
+    A checkpoint of train.py has the arguments of PSPNet in "model". In one of mmsegmentation, where
+    the weights have the same names, the shapes tell which network it is. Raises OSError, and
+    CheckpointError for every other file. mmsegmentation's PSPNets of output stride 32 and of
+    align_corners=True (crop 769x769) are refused too, although their weights would fit.
     """
     state, checkpoint = read_weights(path)
     config = str(checkpoint.get("meta"))  # where mmsegmentation keeps the text of its configuration
@@ -386,44 +416,45 @@ def load_net(path):
         if setting in config:
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
+    classifier = shapes(state).get("decode_head.conv_seg.bias") or [1]
+    candidates = [{"num_classes": classifier[0], "backbone": backbone} for backbone in BACKBONES]
     if "model" in checkpoint:
         candidates = [checkpoint["model"]]
-    else:
-        shape = shapes(state).get("decode_head.conv_seg.bias") or [1]  # without it nothing fits
-        candidates = [{"num_classes": shape[0], "backbone": backbone} for backbone in BACKBONES]
     for arguments in candidates:
         try:
-            with torch.device("meta"):  # a device of PyTorch: names and shapes without values
-                net = PSPNet(**arguments)
-        except Exception as error:  # the "model" of another program
-            raise CheckpointError(f"{path}: its 'model' is no PSPNet of ours ({error})") from error
-        if shapes(net.state_dict()) == shapes(state):
-            # A plain dict has no version of its format, so batch norm fills in missing counters.
-            net.load_state_dict(dict(state), assign=True)  # as nothing can be copied to "meta"
-            net.classes = checkpoint.get("classes")
-            return net.float().eval()
-    raise CheckpointError(f"{path} does not hold the weights of a PSPNet: names and shapes are "
-                          f"not those of {candidates}")
+            with torch.device("meta"):  # a device without memory: names and shapes, no values
+                net = FastPSPNet(**arguments)
+            if shapes(net.state_dict()) == shapes(state):
+                # From a plain dict batch norm adds the counters that older files lack.
+                net.load_state_dict(dict(state), assign=True)  # "meta" holds nothing to copy to
+                class_names = checkpoint.get("classes")
+                net.class_names = class_names if isinstance(class_names, list) else None
+                return net.float().eval()
+        except Exception:  # "model" or the weights are those of another program
+            break
+    raise CheckpointError(f"{path} does not hold the weights of a PSPNet of this program or of "
+                          "mmsegmentation: names, shapes or types are others (its first name is "
+                          f"{next(iter(state), None)!r})")
 
 
 def load_backbone(net, weights):
-    """Put the weights of an ImageNet classifier into net.backbone: from the path `weights`, or, if
-    that is "imagenet", from the file in BACKBONES, kept in torch.hub's cache once downloaded.
-    Raises OSError, and CheckpointError where they can't be had or are another backbone's."""
+    """Put an ImageNet classifier's weights into net.backbone. They come from the file `weights`. If
+    that is "imagenet", torch.hub downloads the file in BACKBONES, once. Raises OSError, and
+    CheckpointError where they can't be had or are another backbone's."""
     backbone = net.arguments["backbone"]
     if weights == "imagenet":
-        url = BACKBONES[backbone][-1]
-        weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        if not weights.exists():
-            hash_prefix = weights.stem.rpartition("-")[2]  # the name ends in digits of its SHA-256
-            try:
-                weights.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, weights, hash_prefix)  # whole or not at all
-            except (OSError, RuntimeError) as error:  # no network, no space, or another hash
-                raise CheckpointError(f"cannot download the ImageNet weights {url} ({error}): get "
-                                      "the file by other means and type --weights FILE, or "
-                                      "--weights none") from error
-    state, _ = read_weights(weights)
+        *_, url = BACKBONES[backbone]
+        cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        except Exception as error:  # no network, no space, another hash, a damaged file
+            raise CheckpointError(f"cannot get {url}, or cannot read {cached}, where it is kept "
+                                  f"({reason_of(error)}): if that file is there, remove it; or "
+                                  "give --weights FILE, or --weights none") from error
+        state = state.get("state_dict", state)
+    else:
+        state, _ = read_weights(weights)
     state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
         raise CheckpointError(f"{weights} does not hold the weights of a {backbone}: its names and "
@@ -431,29 +462,27 @@ def load_backbone(net, weights):
     net.backbone.load_state_dict(state)
 
 
-def count_gflops(net, shape):
-    """10^9 floating-point operations of convolutions and matrix products, two per multiply-add, in
-    a forward pass of images of this shape; net is on the device "meta" (shapes without values)."""
-    with FlopCounterMode(display=False) as counter:
-        net(torch.empty(shape, device="meta"))
-    return counter.get_total_flops() / 1e9
+# python pspnet.py -------------------------------------------------------------------------------
+
+
+def main():
+    from torch.utils.flop_counter import FlopCounterMode  # on Windows it warns when it is imported
+
+    net, fast = PSPNet().double().eval(), FastPSPNet().double().eval()
+    fast.load_state_dict(net.state_dict())
+    images = torch.randint(256, (1, 3, 128, 256))
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    with torch.inference_mode():
+        logits, _ = net(images)
+        fast_logits, _ = fast(images)
+    for kind in (PSPNet, FastPSPNet):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without values
+            kind().eval()(torch.empty(1, 3, 512, 1024))
+        gflops = counter.get_total_flops() / 1e9
+        print(f"{kind.__name__}: {gflops:.0f} GFLOP for an image of 512x1024")
+    print(f"a random image of 128x256 in float64: logits up to {logits.abs().max():.2g}, "
+          f"largest difference between the two {(fast_logits - logits).abs().max():.2g}")
 
 
 if __name__ == "__main__":
-    net = PSPNet().double().eval()
-    image = torch.randint(256, (1, 3, 128, 256), dtype=torch.uint8)
-    with torch.device("meta"):
-        weightless = PSPNet().eval()
-    with torch.inference_mode():
-        exact, _ = net(image)
-        exact_gflops = count_gflops(weightless, (1, 3, 512, 1024))
-        for network in (net, weightless):  # both have the other head from here on
-            network.decode_head.forward = network.decode_head.textbook_forward
-        textbook, _ = net(image)
-        textbook_gflops = count_gflops(weightless, (1, 3, 512, 1024))
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"PSPNet with {net.arguments['backbone']}: {parameters:,} parameters")
-    print(f"GFLOPs for an image of 512x1024: exact head {exact_gflops:.0f}, textbook's "
-          f"{textbook_gflops:.0f}, ratio {exact_gflops / textbook_gflops:.3f}")
-    print(f"a random image of 128x256 in float64: logits up to {textbook.abs().max():.2g}, "
-          f"largest difference between the heads {(exact - textbook).abs().max():.2g}")
+    main()

@@ -4,23 +4,25 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-All run one recipe: 40,000 iterations of 8 images of 512x1024, that of mmsegmentation 1.2.2's
-pspnet_r50-d8_4xb2-40k_cityscapes-512x1024 (which reached 77.85 mIoU on val), in bfloat16 on a GPU
-that has it. README.md lists how it differs from the paper's. The folder --out gets
+All run one recipe, 40,000 iterations of 8 images of 512x1024. It is mmsegmentation 1.2.2's
+pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. README.md lists how it
+differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON for each event: the recipe, 10 iterations, a validation
+    log.jsonl           a line of JSON every 10 iterations, and for each start and validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be ended at any moment by anything, and loses what came after last.pt. Resumed, it goes on
-with the same samples and momentum, and, with the same number of processes, the same dropout.
+A run may be killed at any moment. --resume goes on from last.pt, with the same samples, the same
+momentum and, with as many processes, the same dropout. So the weights at the end are those of a run
+in one go. The lesson is the first part, up to the end of main().
 """
 import argparse
 import json
 import math
 import os
 import sys
-import time
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -31,255 +33,279 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import VOID, DataError, TrainingStream, colored, photograph, save_sheet, save_whole
-from evaluate import (autocast, evaluate, format_scores, join_processes, predict, run, scores_of,
-                      share_of_cores, this_process)
-from pspnet import BACKBONES, CheckpointError, PSPNet, load_backbone, load_net, read_weights
+from cityscapes import (VOID, DataError, TrainingStream, colored, save_sheet, to_picture,
+                        to_tensors)
+from evaluate import (at_least, autocast, compare_processes, evaluate, format_scores, predict,
+                      rank_and_world, scores_of, share_of_cores, start_process)
+from pspnet import (BACKBONES, CheckpointError, FastPSPNet, load_backbone, load_net,
+                    read_weights)
 
 
-def poly_lr(step, iters, base_lr=0.01):
-    """The learning rate of iteration `step`, 0 to iters - 1: falls from base_lr to base_lr / 100,
-    with power 0.9, as in mmengine 0.10.7, PolyLR; in the paper (section 5.1) it falls to 0."""
+def poly_lr(iteration, iters, base_lr=0.01):
+    """The learning rate of an iteration, 0 to iters - 1. It falls from base_lr to base_lr / 100,
+    with power 0.9, as in mmengine 0.10.7, PolyLR. In the paper (section 5.1) it falls to 0."""
     end_lr = base_lr / 100
-    return end_lr + (base_lr - end_lr) * (1 - step / max(1, iters - 1)) ** 0.9
+    return end_lr + (base_lr - end_lr) * (1 - iteration / max(1, iters - 1)) ** 0.9
 
 
 def segmentation_loss(logits, label):
     """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
 
-    Void counts as 0 in the mean over ALL pixels (mmsegmentation's avg_non_ignore=False): a crop
-    that is all void gives 0, not 0/0, and the mean over equal shares is that over the batch."""
+    The sum over the labelled pixels is divided by the number of ALL pixels (mmsegmentation's
+    avg_non_ignore=False). So a batch that is all void gives 0, not 0/0. And as every process
+    divides by the same number, the mean of their losses is the loss of the whole batch."""
     return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
 
 
 def parse_args(device, world):
-    """Returns the options, the recipe (a dict of the options on which the result depends), and in
-    words what in the recipe differs from the reference, that is, from the defaults."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
     add("--out", default="runs/pspnet", help="results; all machines must see it (%(default)s)")
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
-    add("--bins", type=int, nargs="*", default=[1, 2, 3, 6], metavar="K",
+    add("--bins", type=at_least(1), nargs="*", default=[1, 2, 3, 6], metavar="K",
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
     add("--weights", default="imagenet", metavar="imagenet|none|FILE",
         help="what the backbone starts from (imagenet, which is downloaded)")
     add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
-    add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
+    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
-    add("--batch-size", type=int, default=8, help="images per iteration, in all processes (8)")
-    add("--iters", type=int, default=40_000, help="iterations (40000)")
-    add("--lr", type=float, default=0.01, help="learning rate of the first iteration (0.01)")
-    add("--seed", type=int, default=0, help="of samples, dropout and new weights (0)")
-    add("--workers", type=int, default=share_of_cores(16),
-        help="processes that make samples for each GPU (its share of the cores, up to 16)")
-    add("--val-every", type=int, default=4000, help="iterations between validations (4000)")
-    add("--save-every", type=int, default=500, help="iterations between checkpoints (500)")
-    # NVIDIA's GPUs before Ampere can only emulate bf16.
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--precision", choices=("fp32", "bf16", "fp16"),
-        default="bf16" if device.type != "cpu" and has_bf16 else "fp32",
-        help="bf16 and fp16 are autocast (bf16 on a GPU that has it, otherwise fp32)")
+    add("--batch-size", type=at_least(1), default=8,
+        help="images per iteration, in all processes together (8)")
+    add("--iters", type=at_least(1), default=40_000, help="iterations (40000)")
+    add("--lr", type=at_least(0, float), default=0.01,
+        help="learning rate of the first iteration (0.01)")
+    add("--seed", type=at_least(0), default=0, help="of samples, dropout and new weights (0)")
+    add("--workers", type=at_least(0), default=share_of_cores(8),
+        help="processes that make samples, for each GPU (its share of the cores, up to 8)")
+    add("--val-every", type=at_least(1), default=4000, help="iterations between validations (4000)")
+    add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints (500)")
+    precision = "fp32"
+    if device.type == "cuda":  # 8 crops in fp32 would need 20 GB
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # NVIDIA's from Ampere
+        precision = "bf16" if has_bf16 else "fp16"
+    add("--precision", choices=("fp32", "bf16", "fp16"), default=precision,
+        help="fp16 and bf16 are autocast (on a GPU bf16, fp16 where that is only emulated)")
     add("--compile", action="store_true",
         help="torch.compile the network (with several GPUs SyncBatchNorm cuts it into pieces)")
-    add("--cache", metavar="DIR", help="keep decoded images here (25 GB for Cityscapes)")
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
     add("--resume", action="store_true", help="go on from last.pt in --out, or start without one")
     args = parser.parse_args()
-
-    positive = *args.crop, *args.bins, args.batch_size, args.iters, args.val_every, args.save_every
-    if min(positive) < 1 or not args.lr > 0 or args.workers < 0 or not 0 <= args.seed < 2**63:
-        parser.error("numbers must be positive (--workers and --seed may be 0), and "
-                     "--seed below 2**63")
-    # The 1x1 level gives batch norm one value per image and channel, and it needs two: in each
-    # process on a CPU, in all together on GPUs, whose SyncBatchNorm joins them.
+    # Batch norm needs two values per channel, and the 1x1 level gives one per image. On GPUs
+    # SyncBatchNorm counts the images of all processes, on CPUs each process counts its own.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
                      f"{least} or more")
-    # The result does not depend on these.
-    neutral = ("data", "out", "workers", "cache", "val_every", "save_every", "resume")
+    return args
+
+
+def main():
+    device, rank, world = start_process()  # this GPU, the number of this process, of all
+    args = parse_args(device, world)
+    out = Path(args.out)
+    if rank == 0 and out.exists() and not args.resume:
+        raise DataError(f"{out} exists already: type --resume to go on with it, or another --out")
+
+    train_set, val_set = Cityscapes(args.data, "train"), Cityscapes(args.data, "val")
+    if args.coarse:
+        train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra")])
+        train_set.classes = val_set.classes
+    class_names = [entry.name for entry in val_set.classes]
+    # All that the weights depend on: a resumed run must have the same recipe.
+    neutral = ("data", "out", "workers", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in neutral}
-    departures = [f"{name} {value} ({parser.get_default(name)})" for name, value in recipe.items()
-                  if value != parser.get_default(name)]
-    return args, recipe, departures
+    recipe.update(images=len(train_set), classes=class_names)
+
+    # The network: `net` is the plain one, evaluated and saved; `model` is net wrapped for training.
+    torch.manual_seed(args.seed)
+    net = FastPSPNet(len(class_names), args.backbone, args.bins)
+    if world > 1 and device.type != "cpu":  # statistics of the whole batch, not of one image
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fast
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    # The start: a checkpoint of this run, or the weights of --weights or --init. (best.pt is there
+    # alone if the run was killed before it had a last.pt.)
+    saved = [path for path in (out / "last.pt", out / "best.pt") if path.exists()]
+    start, best_miou = 0, -1.0
+    if args.resume and saved:
+        start, best_miou = restore(saved[0], recipe, net, optimizer, scaler)
+    elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
+        load_first_weights(net, args, class_names)
+    compare_processes(start=start, **recipe)  # an error where two machines got different options
+    model = torch.compile(net) if args.compile else net
+    if world > 1:
+        model = DistributedDataParallel(model)
+    log = open(os.devnull, "w")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a", buffering=1)  # line by line
+        print(f"{world} x {device.type}, {args.precision}: {len(train_set)} images to train on, "
+              f"{len(val_set)} to validate, iterations {start} to {args.iters}", flush=True)
+    write(log, "start", start, processes=world, device=str(device), **recipe)
+
+    # The data: iteration i has the samples from i * batch_size on. Of 2 processes, process 0 has
+    # those at even places, process 1 the others.
+    stream = TrainingStream(train_set, args.crop, args.seed)
+    samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
+    loader = DataLoader(stream, args.batch_size // world, sampler=samples,
+                        num_workers=args.workers, pin_memory=device.type != "cpu")
+    bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
+
+    net.train()
+    for iteration, (image, label) in zip(bar, loader, strict=True):
+        image = image.to(device, non_blocking=True)  # (B, 3, H, W), uint8; B: of this process
+        label = label.to(device, non_blocking=True).long()  # (B, H, W)
+        lr = poly_lr(iteration, args.iters, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout gets a seed of its own in each iteration, so that a resumed run has the same.
+        torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**32)
+
+        with autocast(device, args.precision):
+            logits, aux_logits = model(image)
+            loss = segmentation_loss(logits, label)
+            loss = loss + 0.4 * segmentation_loss(aux_logits, label)  # section 3.3
+        scaler.scale(loss).backward()  # the scaler does something in fp16 only
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        step = iteration + 1  # how many iterations are finished
+        validating = step % args.val_every == 0 or step == args.iters
+        saving = step % args.save_every == 0 or validating
+        if step % 10 == 0 or saving:
+            mean_loss = mean_over_processes(loss)  # waits for the GPU
+            write(log, "train", step, lr=lr, loss=mean_loss)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.2g}", refresh=False)
+        if validating:
+            scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
+            net.train()  # validate has left it in eval mode
+            write(log, "validation", step, **scores)
+        if saving and rank == 0:
+            is_best = validating and scores["miou"] > best_miou
+            if is_best:
+                best_miou = scores["miou"]
+            checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
+                          "classes": class_names, "optimizer": optimizer.state_dict(),
+                          "scaler": scaler.state_dict(), "step": step, "best": best_miou,
+                          "recipe": recipe}
+            if is_best:  # before last.pt, so that a kill between the two loses nothing
+                save(checkpoint, out / "best.pt")
+            save(checkpoint, out / "last.pt")
+
+    if rank == 0 and start < args.iters:
+        print(f"best mIoU {100 * best_miou:.2f} %. Look at {out}/val_{step:06}.png. Then type\n"
+              f"python evaluate.py --ckpt {out}/best.pt --images PHOTO --save-color {out}/photos")
 
 
-def initialize(net, args, classes):
+# Here the lesson ends. What follows are first weights, checkpoints, the log, validation. ----------
+
+
+def load_first_weights(net, args, class_names):
     """Give `net` the weights that --init or --weights names. If --init knows other classes, the two
-    classifiers, main and auxiliary, stay new. Raises CheckpointError for another backbone or
-    pyramid."""
+    classifiers, main and auxiliary, stay new. Raises CheckpointError for another network."""
     if args.init:
         other = load_net(args.init)
-        if {**other.arguments, "num_classes": len(classes)} != net.arguments:
+        if {**other.arguments, "num_classes": len(class_names)} != net.arguments:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
         state = other.state_dict()
-        if other.arguments != net.arguments or other.classes not in (None, classes):
+        if other.arguments != net.arguments or other.class_names not in (None, class_names):
             print(f"{args.init} knows other classes: the two classifiers start at random")
-            own = net.state_dict()
-            state |= {name: own[name] for name in own if ".conv_seg." in name}  # the classifiers
+            for name, value in net.state_dict().items():
+                if ".conv_seg." in name:
+                    state[name] = value
         net.load_state_dict(state)
     elif args.weights != "none":
         load_backbone(net, args.weights)
 
 
 def restore(path, recipe, net, optimizer, scaler):
-    """Give `net`, `optimizer` and `scaler` what the checkpoint of a run holds; returns its step and
-    history. Raises CheckpointError where it is of another recipe."""
+    """Give `net`, `optimizer` and `scaler` what the checkpoint holds. Returns how many iterations
+    it has finished, and its best mIoU. Raises CheckpointError where it is of another recipe."""
     state, checkpoint = read_weights(path)
-    before = checkpoint.get("recipe", {})
+    before = checkpoint.get("recipe") or {}
     changed = [f"{name} was {before.get(name)} and is {recipe.get(name)}"
-               for name in before | recipe if before.get(name) != recipe.get(name)]
+               for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
     if changed:
         raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): resume "
                               "with the old one, or start again with another --out")
     net.load_state_dict(state)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["history"]
+    return checkpoint["step"], checkpoint["best"]
 
 
-def best_miou(history):
-    """The best mIoU among the validations of a run."""
-    return max(event["miou"] for event in history if event["event"] == "validation")
+def save(checkpoint, path):
+    """torch.save, whole or not at all: at every moment `path` is the old file or the new one.
+    Raises FloatingPointError where weights are not finite: the old file is worth more."""
+    if not all(value.isfinite().all() for value in checkpoint["state_dict"].values()):
+        raise FloatingPointError(f"weights are not finite, so {path} was not written: start again "
+                                 "with a lower --lr, and another --out")
+    content = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
+    torch.save(checkpoint, content)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # to the disk, before the name
+    os.replace(temporary, path)
+
+
+def write(log, event, step, **values):
+    """Append a line of JSON to the file `log`."""
+    print(json.dumps({"event": event, "step": step, **values}), file=log)
+
+
+def mean_over_processes(loss):
+    """The mean of the losses of all processes, a number. Raises FloatingPointError where it is not
+    finite, and says where it is 0."""
+    _, world = rank_and_world()
+    loss = loss.detach()
+    if world > 1:
+        dist.all_reduce(loss)
+    mean_loss = loss.item() / world
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr, and "
+                                 "another --out")
+    if mean_loss == 0:
+        tqdm.write("the loss is 0: no pixel of these samples is labelled", file=sys.stderr)
+    return mean_loss
 
 
 def validate(net, val_set, device, args, picture_path):
-    """Score `net`; every process must call this. Process 0 prints the table, and draws photograph,
+    """Score `net`. Every process must call this. Process 0 prints the table, and draws photograph,
     truth and prediction of six images from all over the split."""
-    if dist.is_initialized():  # without SyncBatchNorm each process has statistics of its own
+    rank, world = rank_and_world()
+    if world > 1:
+        # On CPUs, without SyncBatchNorm, processes differ in batch norm's running statistics.
         for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
-    matrix = evaluate(net, val_set, device, args.workers, precision=args.precision)
+            dist.broadcast(buffer, 0)  # those of process 0 count
+    predict_image = partial(predict, precision=args.precision)
+    matrix = evaluate(net, val_set, device, predict_image, args.workers)
     scores = scores_of(matrix, val_set.classes)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"\n{format_scores(scores)}", flush=True)
+    if rank == 0:
+        print(f"\n{format_scores(scores)}\nsix images of val: {picture_path}", flush=True)
         pictures = []
         for i in range(0, len(val_set), max(1, len(val_set) // 6))[:6]:
-            image, label = val_set[i]
-            prediction = predict(net, image.to(device), args.precision).cpu()
-            pictures += [photograph(image), colored(label, val_set.classes),
+            image, label = to_tensors(val_set[i])
+            prediction = predict_image(net, image.to(device)).cpu()
+            pictures += [to_picture(image), colored(label, val_set.classes),
                          colored(prediction, val_set.classes)]
         save_sheet(picture_path, pictures, 3, val_set.classes)
-    net.train()  # the evaluation was in eval mode
     return scores
 
 
-def main():
-    device, rank, world = this_process()
-    args, recipe, departures = parse_args(device, world)
-    out, last = Path(args.out), Path(args.out, "last.pt")
-    if rank > 0:  # wait for process 0, which looks for mistakes first and joins below
-        join_processes(world)
-    elif out.exists() and not args.resume:
-        raise DataError(f"{out} exists already: type --resume to go on with it, or another --out")
-
-    train_set, val_set = Cityscapes(args.data, "train", args.cache), Cityscapes(args.data, "val")
-    classes = [entry.name for entry in val_set.classes]
-    if args.coarse:
-        train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra", args.cache)])
-    recipe |= {"images": len(train_set), "classes": classes}
-
-    # `net` is the plain network, which is evaluated and saved; `model` is net wrapped to train it.
-    torch.manual_seed(args.seed)
-    net = PSPNet(len(classes), args.backbone, args.bins)
-    if world > 1 and device.type != "cpu":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    step, history = 0, [{"event": "recipe", "step": 0, **recipe}]  # iterations, events so far
-    if args.resume and last.exists():
-        step, history = restore(last, recipe, net, optimizer, scaler)
-    elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
-        initialize(net, args, classes)
-
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=args.resume)
-        print(f"{world} x {device.type}; {len(train_set)} images to train on, {len(val_set)} to "
-              f"validate; iterations {step} to {args.iters}\n"
-              f"departs from the reference in: {'; '.join(departures) or 'nothing'}", flush=True)
-        join_processes(world)  # no mistake was found
-    # Process 0 writes the log anew from `history`, without what came after last.pt.
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "w", buffering=1)
-    print(*map(json.dumps, history), sep="\n", file=log)
-    model = torch.compile(net) if args.compile else net
-    if world > 1:
-        model = DistributedDataParallel(model)
-
-    stream = TrainingStream(train_set, args.crop, args.seed)
-    # Iteration i has the batch_size samples from i * batch_size on, process r every world-th.
-    samples = range(step * args.batch_size + rank, args.iters * args.batch_size, world)
-    batches = iter(DataLoader(stream, args.batch_size // world, sampler=samples,
-                              num_workers=args.workers, pin_memory=device.type != "cpu"))
-    loss_sum = torch.zeros((), device=device)
-    logged, since, waited = step, time.perf_counter(), 0.0  # at the log's latest line, or since it
-    bar = tqdm(total=args.iters, initial=step, unit="it", disable=rank > 0)
-
-    while step < args.iters:
-        before = time.perf_counter()
-        image, label = next(batches)  # (B, 3, H, W), (B, H, W), uint8; B: of this process
-        waited += time.perf_counter() - before
-        image = image.to(device, non_blocking=True)
-        label = label.to(device, non_blocking=True).long()
-        rate = poly_lr(step, args.iters, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(hash((args.seed, step, rank)))  # so a resumed run has the same dropout
-
-        with autocast(device, args.precision):
-            logits, aux_logits = model(image)
-            loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
-        scaler.scale(loss).backward()  # the scaler does something in fp16 only
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        loss_sum += loss.detach()
-        step += 1
-
-        validating = step % args.val_every == 0 or step == args.iters
-        saving = step % args.save_every == 0 or validating
-        if not (step % 10 == 0 or saving):
-            continue
-        if world > 1:
-            dist.all_reduce(loss_sum)
-        iterations = step - logged
-        mean_loss = loss_sum.item() / iterations / world  # waits for the device
-        seconds = time.perf_counter() - since
-        if not math.isfinite(mean_loss):
-            sys.exit(1 if rank > 0 else f"train.py: the loss of iterations {logged + 1} to {step} "
-                     f"is {mean_loss}: start again with a lower --lr and another --out")
-        history.append({"event": "train", "step": step, "lr": rate, "loss": mean_loss,
-                        "images_per_second": iterations * args.batch_size / seconds,
-                        "waiting": waited / seconds})
-        print(json.dumps(history[-1]), file=log)
-        bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2g}, {images_per_second:.1f} images/s, "
-                            "{waiting:.0%} waiting for data".format(**history[-1]), refresh=False)
-        bar.update(iterations)
-        if validating:
-            scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
-            history.append({"event": "validation", "step": step, **scores})
-            print(json.dumps(history[-1]), file=log)
-        if saving and rank == 0:
-            checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
-                          "classes": classes, "optimizer": optimizer.state_dict(),
-                          "scaler": scaler.state_dict(), "step": step, "history": history,
-                          "recipe": recipe}
-            # best.pt first: a run that is killed before the other is there validates again.
-            if validating and scores["miou"] == best_miou(history):  # history has this one too
-                save_whole(checkpoint, out / "best.pt", out / "best.pt.tmp")
-            save_whole(checkpoint, last, out / "last.pt.tmp")
-        loss_sum.zero_()
-        logged, since, waited = step, time.perf_counter(), 0.0
-
-    bar.close()
-    if rank == 0:
-        print(f"best mIoU {100 * best_miou(history):.2f} %: {out}/best.pt")
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may not repeat itself
-    torch.use_deterministic_algorithms(True, warn_only=True)  # so that runs repeat where they can
-    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps nobody here
-    run(main)
+    # The same bytes each time, also on a GPU, where PyTorch can: it warns where it cannot.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time and helps nobody here
+    try:
+        main()
+    except (OSError, DataError, CheckpointError, FloatingPointError) as error:
+        # The text of a worker's error has many lines. The sentence is the last.
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

@@ -3,8 +3,7 @@
     python tests/bench.py train              # a training step: ms, images/s, memory on CUDA
     python tests/bench.py eval               # the prediction of an image of twice the crop
     python tests/bench.py loader --data DIR  # training samples: ms on one core, images/s of all
-    python tests/bench.py bytes --data DIR   # are two runs, and one killed and resumed, the same?
-    python tests/bench.py learn --data DIR   # scores of whole runs of train.py, several seeds
+    python tests/bench.py head               # operations and bytes that the two heads move, on a CPU
 
 Results are lines of JSON. Where mmsegmentation is installed its network is measured as well (pip
 install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import).
@@ -13,35 +12,29 @@ import importlib.util
 import json
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from unittest.mock import MagicMock
 
 import torch
 from torch.nn.functional import interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 import pspnet  # noqa: E402
-from cityscapes import Cityscapes, TrainingStream, read_pair  # noqa: E402
+from cityscapes import Cityscapes, TrainingStream  # noqa: E402
 from evaluate import autocast, predict  # noqa: E402
 from train import segmentation_loss  # noqa: E402
-TRAIN = TESTS.parent / "train.py"
-TRAIN_THEIRS = f"""import runpy, sys
-sys.path.insert(0, {str(TESTS)!r})
-import bench
-bench.pspnet.PSPNet = bench.TheirNet
-runpy.run_path({str(TRAIN)!r}, run_name="__main__")"""
-DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MMSEGMENTATION = importlib.util.find_spec("mmseg") is not None
 
 
@@ -52,9 +45,8 @@ def emit(**values):
 def our_work(args, training, precision, variant, images, labels):
     """A function that does one step of train.py, or one prediction of evaluate.py."""
     layout = torch.contiguous_format if variant == "default layout" else torch.channels_last
-    net = pspnet.PSPNet(backbone=args.backbone).to(DEVICE, memory_format=layout).train(training)
-    if variant == "textbook's head":
-        net.decode_head.forward = net.decode_head.textbook_forward
+    kind = pspnet.PSPNet if variant == "PSPNet" else pspnet.FastPSPNet
+    net = kind(backbone=args.backbone).to(DEVICE, memory_format=layout).train(training)
     if not training:
         return partial(predict, net, images[0], precision)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -142,8 +134,8 @@ def timed(args, training, precision, variant):
 def bench_net(args, training):
     """Time the settings in turn, --rounds times, each in a process of its own, so that none leaves
     the next its memory or compiled code. Last the medians, also of ratios within a round."""
-    references = ["textbook's head"] + ["mmsegmentation"] * MMSEGMENTATION
-    variants = ["ours", "default layout"] + ["compiled"] * (args.compile and training) + references
+    references = ["PSPNet"] + ["mmsegmentation"] * MMSEGMENTATION
+    variants = ["FastPSPNet", "default layout"] + ["compiled"] * (args.compile and training) + references
     precisions = ["fp32"] if DEVICE.type == "cpu" else ["fp32", "bf16"]
     times = {setting: [] for setting in product(precisions, variants)}
     for setting in list(times) * args.rounds:
@@ -158,76 +150,67 @@ def bench_net(args, training):
 
 
 def bench_loader(args):
-    with tempfile.TemporaryDirectory() as cache:
-        png, cached = (TrainingStream(Cityscapes(args.data, "train", folder), args.crop)
-                       for folder in (None, cache))
-        png.dataset.names = cached.dataset.names = cached.dataset.names[:100]
-        list(cached.dataset)  # fills the cache; the system has the files in memory now
-        works = {"decoding alone": lambda k: read_pair(*png.dataset.paths(png.index(k))),
-                 "sample": png.__getitem__, "cached sample": cached.__getitem__}
-        times = {name: [] for name in works}
-        torch.set_num_threads(1)
-        for k, name in product(range(24), works):
+    stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
+    stream.dataset.names = stream.dataset.names[:100]
+    list(stream.dataset)  # the system has the files in memory now
+    works = {"decoding alone": lambda k: stream.dataset[stream.index(k)],
+             "sample": stream.__getitem__}
+    times = {name: [] for name in works}
+    torch.set_num_threads(1)
+    for k, name in product(range(24), works):
+        start = time.perf_counter()
+        works[name](k)
+        times[name].append(1000 * (time.perf_counter() - start))
+    for name, values in times.items():
+        ratio = median(values) / median(times["decoding alone"])
+        emit(on_one_core=name, median_ms=median(values), to_decoding=ratio)
+    for workers in sorted({1, 2, os.cpu_count()}):
+        order = range(10 * workers * args.batch_size)
+        loader = DataLoader(stream, args.batch_size, sampler=order, num_workers=workers,
+                            persistent_workers=True)
+        for _ in range(2):  # the first time the workers have to start
             start = time.perf_counter()
-            works[name](k)
-            times[name].append(1000 * (time.perf_counter() - start))
-        for name, values in times.items():
-            ratio = median(values) / median(times["decoding alone"])
-            emit(on_one_core=name, median_ms=median(values), to_decoding=ratio)
-        for workers, stream in product(sorted({1, 2, os.cpu_count()}), (png, cached)):
-            order = range(10 * workers * args.batch_size)
-            loader = DataLoader(stream, args.batch_size, sampler=order, num_workers=workers,
-                                persistent_workers=True)
-            for _ in range(2):  # the first time the workers have to start
-                start = time.perf_counter()
-                rate = sum(len(image) for image, _ in loader) / (time.perf_counter() - start)
-            emit(workers=workers, from_cache=stream is cached, images_per_s=rate)
+            rate = sum(len(image) for image, _ in loader) / (time.perf_counter() - start)
+        emit(workers=workers, images_per_s=rate)
 
 
-def training_command(args, out, *options, program=(TRAIN,)):
-    return [sys.executable, *program, "--data", args.data, "--out", out, "--weights", "none",
-            "--backbone", args.backbone, "--crop", *map(str, args.crop),
-            "--batch-size", str(args.batch_size), "--iters", str(args.iters),
-            "--val-every", str(args.iters), "--save-every", str(max(1, args.iters // 4)), *options]
+class Traffic(TorchDispatchMode):
+    """Counts the operations whose outputs have a million values or more, and the bytes of those."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if torch.is_tensor(t) and t.numel() >= 10**6]
+        if tensors and not operation.is_view:
+            self.operations += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return result
 
 
-def bench_bytes(args):
-    contents = []
-    with tempfile.TemporaryDirectory() as folder:
-        first, second, killed = (Path(folder, name) for name in ("first", "second", "killed"))
-        with subprocess.Popen(training_command(args, killed), stdout=subprocess.DEVNULL) as process:
-            while process.poll() is None and not (killed / "last.pt").exists():
-                time.sleep(0.05)
-            process.kill()
-        step = pspnet.read_checkpoint(killed / "last.pt")["step"]
-        for out in (first, second, killed):
-            subprocess.check_output(training_command(args, out, "--resume"))  # or from the start
-            checkpoint = pspnet.read_checkpoint(out / "last.pt")
-            states = checkpoint["optimizer"]["state"].values()
-            tensors = [*checkpoint["state_dict"].values(), *(s["momentum_buffer"] for s in states)]
-            contents.append(b"".join(tensor.numpy().tobytes() for tensor in tensors))
-    emit(iters=args.iters, killed_after=step, same_bytes=len(set(contents)) == 1)
-
-
-def bench_learn(args):
-    networks = ["ours"] + ["mmsegmentation"] * MMSEGMENTATION
-    for network, precision in product(networks, args.precisions):
-        program = [TRAIN] if network == "ours" else ["-c", TRAIN_THEIRS]
-        runs = []
-        for seed in range(args.seeds):
-            out = Path(args.out, f"{network}-{precision}-{seed}")
-            options = ["--precision", precision, "--seed", str(seed)] + ["--resume"] * args.resume
-            subprocess.check_output(training_command(args, out, *options, program=program))
-            runs.append(json.loads((out / "log.jsonl").read_text().splitlines()[-1]))
-        for score in ("miou", "pixel_accuracy"):
-            values = [round(100 * run[score], 2) for run in runs]
-            emit(network=network, precision=precision, percent=score, mean=mean(values),
-                 min=min(values), max=max(values), runs=values)
+def bench_head(args):
+    channels = 512 * pspnet.BACKBONES[args.backbone][0].expansion
+    x = torch.randn(2, channels, args.crop[0] // 8, args.crop[1] // 8)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    for kind in (pspnet.FastPyramidHead, pspnet.PyramidHead):
+        head = kind(channels, 19).to(memory_format=torch.channels_last)
+        with Traffic() as forward:
+            logits = head(x)
+        with Traffic() as backward:
+            logits.sum().backward()
+        start = time.perf_counter()
+        for _ in range(args.calls):
+            head(x).sum().backward()
+        emit(head=kind.__name__, ms=1000 * (time.perf_counter() - start) / args.calls,
+             forward_operations=forward.operations, forward_mb=forward.bytes / 1e6,
+             backward_operations=backward.operations, backward_mb=backward.bytes / 1e6)
 
 
 if __name__ == "__main__":
     jobs = {"train": partial(bench_net, training=True), "loader": bench_loader,
-            "eval": partial(bench_net, training=False), "bytes": bench_bytes, "learn": bench_learn}
+            "eval": partial(bench_net, training=False), "head": bench_head}
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("commands", choices=jobs, nargs="+")
@@ -238,11 +221,6 @@ if __name__ == "__main__":
     add("--rounds", type=int, default=3, help="of train and eval (3)")
     add("--calls", type=int, default=10, help="steps or predictions timed in a round (10)")
     add("--compile", action="store_true", help="train with torch.compile as well")
-    add("--iters", type=int, default=200, help="of the runs of bytes and learn (200)")
-    add("--seeds", type=int, default=3, help="how many runs of each kind learn makes (3)")
-    add("--precisions", nargs="+", default=["fp32", "bf16"], help="of learn (fp32 bf16)")
-    add("--out", default="runs/learn", metavar="DIR", help="where learn keeps its runs")
-    add("--resume", action="store_true", help="learn goes on with the runs in --out")
     args = parser.parse_args()
     for command in args.commands:
         emit(command=command, torch=torch.__version__, cores=os.cpu_count(),

@@ -2,7 +2,6 @@
 a user does, in a process of its own or, faster, in this one."""
 import os
 import runpy
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,10 @@ sys.path.insert(0, str(SCRIPTS))
 
 # On the CPU, in one thread each: the number of threads changes the order of sums, and tests compare
 # what several processes compute to the byte. (Besides, small networks are slower in more.)
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_gpu.py
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for the scripts' processes
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
-
-# A shell lets what it runs in the background ignore Ctrl-C, which the scripts would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What mmsegmentation 1.2.2 computed (with mmengine 0.10.7 and torch 2.13 or 2.14, on a CPU) on
 # weights, inputs and labels that fill.py makes from seeds. models: logits, losses, gradients;
@@ -44,6 +41,17 @@ def words_of(command, processes=1, restarts=0):
 def run_script(command, processes=1):
     """Run a script as a user does; returns the completed process, output as text."""
     return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=600)
+
+
+def run_differently(command, options, folder):
+    """Run a script in two processes under torchrun, each with more options of its own: options[0]
+    for process 0, options[1] for process 1."""
+    shell = folder / "one_process.sh"
+    shell.write_text(f"[ $RANK = 0 ] && more='{options[0]}' || more='{options[1]}'\n"
+                     f"exec {sys.executable} {SCRIPTS}/{command} $more\n")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python sh"
+    return subprocess.run([sys.executable, *torchrun.split(), str(shell)], capture_output=True,
+                          text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from toy_cityscapes import (CAR, ROAD, SKY, VEGETATION, Canvas, draw_cityscapes,
 
 TOP = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TOP))
-from cityscapes import Cityscapes, colored, photograph, save_sheet  # noqa: E402
+from cityscapes import Cityscapes, colored, save_sheet, to_tensors  # noqa: E402
 from evaluate import predict  # noqa: E402
 from pspnet import load_net  # noqa: E402
 
@@ -117,9 +117,10 @@ def main():
 
     nets = [load_net(folder_of(out, bins, seed=0) / "best.pt") for bins in PYRAMIDS]
     scenes, pictures = Cityscapes(out / "data", "val"), []
-    for image, label in (scenes[i] for i in range(6)):
+    for picture, label in (scenes[i] for i in range(6)):
+        image, _ = to_tensors((picture, label))
         predictions = [predict(net, image) for net in nets]
-        pictures += [photograph(image),
+        pictures += [picture,
                      *(colored(ids, scenes.classes) for ids in (label, *predictions))]
     names = {"terrain": "river", "bicycle": "boat"}
     legend = [entry._replace(name=names.get(entry.name, entry.name)) for entry in scenes.classes]

@@ -5,23 +5,22 @@ import math
 import os
 from collections import Counter, namedtuple
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MMSEG, run_script
+from conftest import MMSEG, run_differently, run_script
 from fill import fill_state_dict
 from PIL import Image
 from toy_cityscapes import draw_cityscapes
 
 import evaluate
-from cityscapes import CLASSES, LABELS, VOID
-from evaluate import confusion, predict, scores_of, tile_starts
+from cityscapes import CLASSES, VOID
+from evaluate import confusion, predict, predict_averaged, scores_of, tile_starts
 from pspnet import PSPNet
 
-IDS = np.array([label.id for label in CLASSES])  # train id -> label id
+IDS = np.array([entry.id for entry in CLASSES])  # train id -> label id
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +40,16 @@ def runs(beside, toy, checkpoint, tmp_path_factory):
     command = f"evaluate.py --data {toy} --workers 0 --ckpt "
     two = beside(run_script, f"{command} {checkpoint} --json {folder}/scores.json", 2)
     return SimpleNamespace(
-        folder=folder, two=two, mistake=beside(run_script, f"{command} {folder}/none.pt", 2),
+        folder=folder, two=two, different=beside(evaluate_differently, command, checkpoint, folder),
         photographs=beside(predict_photographs, checkpoint, folder))
+
+
+def evaluate_differently(command, checkpoint, folder):
+    """Two processes, of which the second is given another checkpoint and another protocol."""
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state["decode_head.conv_seg.bias"] += 1
+    torch.save({"state_dict": state}, folder / "other.pt")
+    return run_differently(command, [checkpoint, f"{folder}/other.pt --flip"], folder)
 
 
 def predict_photographs(checkpoint, folder):
@@ -70,7 +77,7 @@ def predict_photographs(checkpoint, folder):
 def test_scores_equal_mmsegmentations(case):
     recorded = MMSEG["metric"][case]
     pairs = zip(recorded["labels"], recorded["preds"], strict=True)
-    matrix = sum(confusion(label, prediction, 19) for label, prediction in pairs)
+    matrix = sum(confusion(label, prediction, 19) for label, prediction in pairs)[:19]
     assert torch.equal(matrix, recorded["exact"]["conf"])
     scores = scores_of(matrix, CLASSES)
     for name, ours in (("IoU", "iou"), ("Acc", "accuracy")):
@@ -82,15 +89,14 @@ def test_scores_equal_mmsegmentations(case):
         assert abs(scores[ours] - recorded["mmseg"][name]) < 1e-6
 
 
-def test_confusion_equals_a_double_loop_and_leaves_void_out():
+def test_confusion_equals_a_double_loop():
     rng = np.random.default_rng(0)
     label = rng.choice([*range(19), VOID], (20, 30)).astype(np.uint8)
     prediction = rng.integers(0, 19, (20, 30)).astype(np.uint8)
-    expected = torch.zeros(19, 19, dtype=torch.int64)
+    expected = torch.zeros(256, 19, dtype=torch.int64)
     for y in range(20):
         for x in range(30):
-            if label[y, x] != VOID:
-                expected[label[y, x], prediction[y, x]] += 1
+            expected[label[y, x], prediction[y, x]] += 1
     assert torch.equal(confusion(torch.from_numpy(label), torch.from_numpy(prediction), 19),
                        expected)
 
@@ -114,11 +120,10 @@ def official_scores(pairs):
     counts = Counter()
     for truth, prediction in pairs:
         counts.update(zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True))
-    evaluated = [label for label in LABELS if 0 <= label.train_id < 255]
-    groups = {label.name: {label.id} for label in evaluated}
-    for label in evaluated:
-        groups.setdefault("category " + label.category, set()).add(label.id)
-    everything = {label.id for label in evaluated}
+    groups = {entry.name: {entry.id} for entry in CLASSES}
+    for entry in CLASSES:
+        groups.setdefault("category " + entry.category, set()).add(entry.id)
+    everything = {entry.id for entry in CLASSES}
     scores = {}
     for name, ids in groups.items():
         hits = sum(n for (t, p), n in counts.items() if t in ids and p in ids)
@@ -155,7 +160,7 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, checkpoint, tmp_
     for name, ids in saved.items():
         assert ids.shape == truths[name].shape
         color = png(tmp_path / f"color/{name}_color.png")
-        assert all((color[ids == label.id] == label.color).all() for label in CLASSES)
+        assert all((color[ids == entry.id] == entry.color).all() for entry in CLASSES)
         image = png(toy / f"leftImg8bit/val/{name}_leftImg8bit.png")
         overlay = png(tmp_path / f"color/{name}_overlay.png")
         assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
@@ -216,7 +221,7 @@ def test_tiles_cover_every_pixel_and_overlap_by_a_third(length, tile):
     {"tile": (24, 40)}, {"flip": True}, {"tile": (24, 40), "flip": True}, {"tile": (500, 500)}])
 def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options):
     net, image = ReadsPosition(), position_image(65, 97)
-    prediction = predict(net, image, **options)
+    prediction = predict_averaged(net, image, **options)
     if "tile" in options:
         tile = min(65, options["tile"][0]), min(97, options["tile"][1])
         assert set(net.sizes) == {tile}
@@ -228,32 +233,60 @@ def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
     softmax, mean. In float64, where no two sums tie."""
     net, image = evaluate.load_net(checkpoint).double(), position_image(48, 64)
     total = 0
+    assert torch.equal(predict(net, image), net(image[None])[0][0].argmax(0))
     with torch.no_grad():
         for scale in (0.5, 1.25):
-            size = (int(48 * scale + 0.5), int(64 * scale + 0.5))
+            size = (round(48 * scale), round(64 * scale))
             scaled = F.interpolate(image[None].float(), size, mode="bilinear")
             for mirrored in (False, True):
                 logits = net(scaled.flip(3) if mirrored else scaled)[0]
                 logits = logits.flip(3) if mirrored else logits
                 total = total + F.interpolate(logits, (48, 64), mode="bilinear").softmax(1)
-    assert torch.equal(predict(net, image, scales=(0.5, 1.25), flip=True), total[0].argmax(0))
+    prediction = predict_averaged(net, image, scales=(0.5, 1.25), flip=True)
+    assert torch.equal(prediction, total[0].argmax(0))
 
 
-def test_evaluate_predicts_by_the_protocol_and_the_script_names_it(
-        toy, checkpoint, tmp_path, run_here, monkeypatch):
-    spy, val_set = Mock(wraps=predict), evaluate.Cityscapes(toy, "val")
+def test_the_script_predicts_by_the_protocol_and_names_it(toy, checkpoint, tmp_path, run_here):
+    val_set = evaluate.Cityscapes(toy, "val")
     net = evaluate.load_net(checkpoint).to(memory_format=torch.channels_last)
-    plain = evaluate.evaluate(net, val_set, torch.device("cpu"), 0)
     protocol = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [48, 80]}
-    monkeypatch.setattr(evaluate, "predict", spy)
-    matrix = evaluate.evaluate(net, val_set, torch.device("cpu"), 0, **protocol)
-    assert [call.kwargs for call in spy.call_args_list] == [protocol] * 5
+    plain, averaged = (
+        evaluate.evaluate(net, val_set, torch.device("cpu"), function, 0)
+        for function in (predict, lambda net, image: predict_averaged(net, image, **protocol)))
     process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --flip --tile 48 80 "
                        f"--scales 0.5 1 --workers 0 --precision bf16 --json {tmp_path}/a.json")
     assert process.stdout.endswith(f"5 images of val, {protocol}\n")
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["protocol"] == protocol
-    assert result["confusion_matrix"] == matrix.tolist() != plain.tolist()
+    assert result["confusion_matrix"] == averaged.tolist() != plain.tolist()
+
+
+def test_values_that_are_not_finite_are_no_prediction(toy, tmp_path, checkpoint, mistake):
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    changes = {"nan": ("backbone.layer1.0.conv1.weight", math.nan, "fp32"),
+               "inf": ("backbone.layer4.1.bn2.weight", math.inf, "fp32"),
+               "fp16": ("decode_head.bottleneck.bn.weight", 1e6, "fp16")}
+    for name, (key, value, precision) in changes.items():
+        broken = {**state, key: state[key].clone()}
+        broken[key].flatten()[:] = value
+        torch.save({"state_dict": broken}, tmp_path / f"{name}.pt")
+        command = f"evaluate.py --ckpt {tmp_path}/{name}.pt --precision {precision} --workers 0 "
+        mistake(f"{command} --data {toy}", "not finite")
+        photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
+        mistake(f"{command} --images {photograph} --save-color {tmp_path}/color", "not finite")
+        assert not (tmp_path / "color").exists()
+
+
+def test_label_values_that_are_no_class_are_an_error(toy, checkpoint):
+    class Own(list):
+        classes = CLASSES
+
+    picture, label = evaluate.Cityscapes(toy, "val")[0]
+    net = evaluate.load_net(checkpoint)
+    for value in (19, 254):
+        label.putpixel((3, 4), value)
+        with pytest.raises(evaluate.DataError, match="neither one of the 19 classes nor 255"):
+            evaluate.evaluate(net, Own([(picture, label)]), torch.device("cpu"), predict, 0)
 
 
 # Photographs --------------------------------------------------------------------------------------
@@ -264,13 +297,13 @@ def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(runs):
     assert process.returncode == 1 and "Traceback" not in process.stderr
     named = [line for line in process.stderr.splitlines() if line.startswith("cannot decode")]
     assert len(named) == 4 and "evaluate.py: 4 files could not be read" in process.stderr
-    for word in ("broken.png", "rgb.xmp", r"kaputt\udcfc.jpg", "missing.jpg"):
+    for word in ("broken.png", "rgb.xmp", "kaputt\\udcfc.jpg", "missing.jpg"):
         assert any(word in line for line in named), named
     sizes = {os.fsencode(path.stem): Image.open(path).size for path in ids.iterdir()}
-    assert sizes == {b"rgb": (70, 40), b"photo": (33, 90), b"alpha": (70, 40),
-                     b"stra\xdfe": (70, 40)}
+    assert sizes == {b"rgb.png": (70, 40), b"photo.JPG": (33, 90), b"alpha.webp": (70, 40),
+                     b"stra\xdfe.png": (70, 40)}
     assert len(list((runs.folder / "color").iterdir())) == 8
-    assert np.array_equal(png(ids / "rgb.png"), png(ids / "alpha.png"))
+    assert np.array_equal(png(ids / "rgb.png.png"), png(ids / "alpha.webp.png"))
 
 
 # Mistakes -----------------------------------------------------------------------------------------
@@ -282,7 +315,7 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
 
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     torch.save({"state_dict": state, "model": {"num_classes": 19, "backbone": "resnet18"},
-                "classes": [label.name for label in reversed(CLASSES)]}, tmp_path / "other.pt")
+                "classes": [entry.name for entry in reversed(CLASSES)]}, tmp_path / "other.pt")
     torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, tmp_path / "eleven.pt")
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     (tmp_path / "file").touch()
@@ -290,14 +323,14 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
         (tmp_path / folder).mkdir()
     here = f"--ckpt {checkpoint} --data {toy}"
     wrong(f"--data {toy}", "--ckpt")
-    wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "get it again")
+    wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "cannot be read")
     wrong(f"--ckpt {tmp_path}/eleven.pt --data {toy}", "11 classes", "19")
-    wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "(bicycle, motorcycle", "(road, sidewalk")
+    wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "(['bicycle', 'motorcycle'", "(['road', 'sidewalk'")
     wrong(f"--ckpt {checkpoint} --data {tmp_path}/nowhere", "no images", "--data")
-    wrong(f"{here} --scales -1", "positive")
-    wrong(f"{here} --scales nan", "positive")
+    wrong(f"{here} --scales -1", "--scales: -1 is not a number from 0.01 on")
+    wrong(f"{here} --scales nan", "nan is not a number")
     wrong(f"{here} --workers -1", "--workers")
-    wrong(f"{here} --split test", "withheld", "--save-ids")
+    wrong(f"{here} --split test", "no labels", "--save-ids")
     wrong(f"--ckpt {checkpoint} --images {toy}", "--save-color")
     wrong(f"--ckpt {checkpoint} --images {tmp_path}/empty --save-ids {tmp_path}/x", "no files")
     wrong(f"{here} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b", "separate folders")
@@ -307,10 +340,8 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
     before = photograph.read_bytes()
     (tmp_path / "again" / photograph.name).write_bytes(before)
-    photographs = f"--ckpt {checkpoint} --images {photograph}"
-    wrong(f"{photographs} {tmp_path}/again --save-ids {tmp_path}/x", "would both be saved as")
-    wrong(f"{photographs} --save-ids {photograph.parent}", "overwrite")
-    assert photograph.read_bytes() == before
+    wrong(f"--ckpt {checkpoint} --images {photograph} {tmp_path}/again --save-ids {tmp_path}/x",
+          "would both be saved as")
     void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
     Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
     wrong(f"--ckpt {checkpoint} --data {void} --workers 0", "nothing to score")
@@ -319,28 +350,27 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"--ckpt {checkpoint} --data {void} --workers 1", f"cannot decode {image}")
 
 
-def test_a_mistake_that_process_0_sees_is_told_once(runs):
-    process = runs.mistake.result()
-    assert process.returncode != 0  # torchrun's, which adds a report of its own
-    told = [line for line in process.stderr.splitlines() if "evaluate.py: " in line]
-    assert len(told) == 1 and f"No such file or directory: '{runs.folder}/none.pt'" in told[0]
+def test_processes_that_were_given_different_things_say_what_differs(runs):
+    process = runs.different.result()
+    assert process.returncode != 0 and 'evaluate.py", line' not in process.stderr
+    assert "evaluate.py: the processes differ in ckpt, flip: " in process.stderr
 
 
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):
-    accelerator = {"current_accelerator": lambda check_available=False: torch.device("cuda"),
-                   "device_count": lambda: 2, "set_device_index": lambda index: None}
-    for name, value in accelerator.items():
-        monkeypatch.setattr(torch.accelerator, name, value)
+    joined = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **how: joined.append(how))
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}.items():
         monkeypatch.setenv(name, value)
-    assert evaluate.this_process() == (torch.device("cuda:1"), 5, 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(SystemExit) as end:
-        evaluate.this_process()
-    assert end.value.code == 1  # the first of each machine tells it
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(SystemExit, match="more processes than the 2 GPUs.*--nproc_per_node=2"):
-        evaluate.this_process()
+    gpu = torch.device("cuda:1")
+    assert evaluate.start_process() == (gpu, 5, 6) and joined[0]["device_id"] == gpu
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(evaluate.DataError, match="more processes than GPUs.*--nproc_per_node=2"):
+        evaluate.start_process()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluate.start_process() == (torch.device("cpu"), 5, 6)
+    assert joined[1]["device_id"] is None
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [

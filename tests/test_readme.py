@@ -1,4 +1,4 @@
-"""The README's commands as they stand there, on small data, and its class for PASCAL VOC."""
+"""The README's commands as they stand there, on small data, and the class for PASCAL VOC."""
 import re
 import runpy
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import SCRIPTS, TESTS
 from PIL import Image
 from toy_cityscapes import draw_cityscapes
 
@@ -54,12 +54,11 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, run_here):
 
 
 def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, run_here):
-    """The README's lines beside copies of the two scripts, on a small drawn VOC: JPEGs, palette
-    PNGs with 255 at the borders, and lists of names."""
-    (voc,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    before, after = re.search(r"in place of `(.*?)`: `(.*?)`", README).groups()
-    (tmp_path / "voc.py").write_text(voc)
-    monkeypatch.syspath_prepend(tmp_path)
+    """With copies of the two scripts that are changed as its docstring says, on a small drawn VOC:
+    JPEGs, palette PNGs with 255 at the borders, and lists of names."""
+    voc = (TESTS / "voc.py").read_text()
+    before, after = re.search(r"from\n`(.*?)` to `(.*?)`;", voc).groups()
+    monkeypatch.syspath_prepend(SCRIPTS)
     for name in ("evaluate.py", "train.py"):
         script = (SCRIPTS / name).read_text()
         assert script.count(f"\n{before}  #") == 1
