@@ -306,23 +306,6 @@ def save_sheet(path, pictures, columns, classes):
     sheet.save(path, "PNG")
 
 
-def problems_of(root, split, check):
-    """What is wrong with the files of a split: a list of sentences. `check` decodes all files."""
-    try:
-        dataset = Cityscapes(root, split)
-    except DataError as error:
-        return [str(error)]
-    print(f"{split}: {len(dataset)} images")
-    problems = []
-    if check:
-        for i in tqdm(range(len(dataset)), split, leave=False):
-            try:
-                dataset[i]
-            except DataError as error:
-                problems.append(str(error))
-    return problems
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -339,8 +322,20 @@ def main():
 
     problems = []
     for split in ("train", "val", "test", "train_extra"):
-        if Path(args.data, "leftImg8bit", split).is_dir():  # not everybody has all four
-            problems += problems_of(args.data, split, args.check)
+        if not Path(args.data, "leftImg8bit", split).is_dir():
+            continue  # not everybody has all four
+        try:
+            dataset = Cityscapes(args.data, split)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        print(f"{split}: {len(dataset)} images")
+        for i in tqdm(range(len(dataset)), split, leave=False, disable=not args.check):
+            try:
+                if args.check:
+                    dataset[i]
+            except DataError as error:
+                problems.append(str(error))
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         raise DataError(f"the {len(problems)} problems above must be mended")

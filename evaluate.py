@@ -183,10 +183,10 @@ def tiled_probabilities(net, image, tile):
 
 @torch.inference_mode()
 def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
-    """As `predict`, but from class probabilities that are averaged over views of the image. The
-    views are the image at these scales; with flip each is mirrored too. With tile = (height, width)
-    the network sees tiles of that size of each view. Source: mmsegmentation's test-time
-    augmentation; for tiles the authors' hszhao/semseg, tool/test.py, which pads smaller images."""
+    """As `predict`, but from class probabilities that are averaged over views of the image: at
+    these scales, and with flip each mirrored too. With tile = (height, width) the network sees
+    tiles of each view. Source: mmsegmentation's test-time augmentation; for tiles the authors'
+    hszhao/semseg, tool/test.py, which pads smaller images."""
     height, width = image.shape[1:]
     total = torch.zeros(net.arguments["num_classes"], height, width, device=image.device)
     for scale in scales:
@@ -303,22 +303,21 @@ def parse_args():
     return args
 
 
-def save_prediction(image, prediction, name, classes, ids_folder, color_folder):
-    """Write a prediction, train ids (H, W), for an image as PNGs, in each folder that is given.
-
-    ids_folder/NAME.png: label ids, one channel, as the test server of Cityscapes takes them.
-    color_folder/NAME_color.png and NAME_overlay.png: the colors, alone and over the image."""
-    prediction = prediction.cpu().numpy()
-    for folder in filter(None, (ids_folder, color_folder)):
+def save_prediction(image, prediction, name, args):
+    """Write a prediction, train ids (H, W), for an image as PNGs: in --save-ids NAME.png, of label
+    ids, as the test server of Cityscapes takes them; in --save-color NAME_color.png and
+    NAME_overlay.png, of the colors, alone and over the image."""
+    prediction, classes = prediction.cpu().numpy(), Cityscapes.classes
+    for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
-    if ids_folder:
+    if args.save_ids:
         ids = np.array([entry.id for entry in classes], np.uint8)
-        Image.fromarray(ids[prediction]).save(Path(ids_folder, f"{name}.png"))
-    if color_folder:
+        Image.fromarray(ids[prediction]).save(Path(args.save_ids, f"{name}.png"))
+    if args.save_color:
         color = colored(prediction, classes)
-        color.save(Path(color_folder, f"{name}_color.png"))
+        color.save(Path(args.save_color, f"{name}_color.png"))
         overlay = Image.blend(to_picture(image), color, 0.5)
-        overlay.save(Path(color_folder, f"{name}_overlay.png"))
+        overlay.save(Path(args.save_color, f"{name}_overlay.png"))
 
 
 def photographs(paths):
@@ -338,10 +337,9 @@ def photographs(paths):
     return files
 
 
-def segment_photographs(files, net, device, predict, save):
-    """Predict this process's share of the files, and save(image, prediction, name) each under its
-    whole name: photo.jpg and photo.png are two. Raises DataError if some can't be read, at the end
-    and in every process."""
+def segment_photographs(files, net, device, predict, args):
+    """Predict this process's share of the files, and save each under its whole name: photo.jpg and
+    photo.png are two. Raises DataError, at the end and in every process, if some can't be read."""
     rank, world = rank_and_world()
     problems = []
     for name in list(files)[rank::world]:
@@ -352,7 +350,7 @@ def segment_photographs(files, net, device, predict, save):
             print(error, file=sys.stderr)
             continue
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        save(image, predict(net, image.to(device)), name)
+        save_prediction(image, predict(net, image.to(device)), name, args)
     unreadable = sum(map(len, gather(problems)))
     if unreadable:
         raise DataError(f"{unreadable} files could not be read")
@@ -374,23 +372,19 @@ def main():
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
 
-    if args.flip or args.tile or args.scales != [1.0]:
-        predict_views = partial(predict_averaged, **protocol)
-    else:
-        predict_views = partial(predict, precision=args.precision)
-
-    def save(image, prediction, name):
-        save_prediction(image, prediction, name, classes, args.save_ids, args.save_color)
-
-    def save_by_index(i, image, prediction):
-        save(image, prediction, dataset.name(i))
-
+    one_view = args.scales == [1.0] and not args.flip and not args.tile
+    predict_by_protocol = (partial(predict, precision=args.precision) if one_view
+                           else partial(predict_averaged, **protocol))
     if args.images:
-        segment_photographs(dataset, net, device, predict_views, save)
+        segment_photographs(dataset, net, device, predict_by_protocol, args)
         return
+
+    def save(i, image, prediction):
+        save_prediction(image, prediction, dataset.name(i), args)
+
     saving = args.save_ids or args.save_color
-    matrix = evaluate(net, dataset, device, predict_views, args.workers,
-                      save_by_index if saving else None)
+    matrix = evaluate(net, dataset, device, predict_by_protocol, args.workers,
+                      save if saving else None)
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix, classes)
         print(format_scores(scores))

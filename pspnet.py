@@ -265,11 +265,9 @@ def region_matrix(k, length, like):
     """M, (k, length): M[m, r] is 1 where position r lies in region m of an axis in k regions, else
     0. Region m goes from floor(m length / k) to before ceil((m + 1) length / k), as in
     nn.AdaptiveAvgPool2d. (M has the device and the dtype of `like`.)"""
-    region = torch.arange(k, device=like.device)[:, None]
-    position = torch.arange(length, device=like.device)
-    start = region * length // k
-    end = ((region + 1) * length + k - 1) // k
-    return ((start <= position) & (position < end)).to(like.dtype)
+    m = torch.arange(k, device=like.device)[:, None]
+    r = torch.arange(length, device=like.device)
+    return ((m * length // k <= r) & (r * k < (m + 1) * length)).to(like.dtype)
 
 
 def interpolation_matrix(cells, length, like):
@@ -320,9 +318,8 @@ class FastPyramidHead(PyramidHead):
         once for all levels. Channels are last, as they are in x's memory."""
         h, w = x.shape[2:]
         lefts, rights = [], []  # the factors of the last product, by level
-        for k, means, level, W in zip(self.bins, self.pool(x), self.psp_modules, weights,
-                                      strict=True):
-            _, conv_bn_relu = level  # _ is the textbook's pooling
+        levels = zip(self.bins, self.pool(x), self.psp_modules, weights, strict=True)
+        for k, means, (_, conv_bn_relu), W in levels:  # _ is the textbook's pooling
             p = conv_bn_relu(means)  # (B, i, m, n)
             mixed = torch.einsum("oiuv,bimn->bumvno", W, p)
             mixed = mixed.flatten(3).flatten(1, 2)  # (B, u m, v n o)
@@ -374,14 +371,12 @@ class CheckpointError(Exception):
 
 def reason_of(error):
     """The line of a loading error that says what is wrong, in PyTorch's words."""
-    lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
-    return lines[0] if lines else type(error).__name__
+    return str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
 
 
 def read_weights(path):
-    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A state dict without a
-    checkpoint around it counts as both. Raises OSError, and CheckpointError where the file holds no
-    weights."""
+    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A state dict alone counts as
+    both. Raises OSError, and CheckpointError where the file holds no weights."""
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
@@ -395,21 +390,18 @@ def read_weights(path):
 
 
 def shapes(state):
-    """name -> shape in a state dict, without batch norm's counters, which older files lack. (The
-    dictionary of another program may hold anything.)"""
+    """name -> shape in a state dict, without batch norm's counters, which older files lack."""
     return {name: getattr(value, "shape", None) for name, value in state.items()
             if not str(name).endswith("num_batches_tracked")}
 
 
 def load_net(path):
     """The FastPSPNet that a checkpoint holds, on the CPU, in eval mode, in float32. Its attribute
-    class_names is a list, or None where the checkpoint has none.
+    class_names is a list, or None where the checkpoint has none. A checkpoint of train.py has the
+    arguments of PSPNet in "model"; in one of mmsegmentation the shapes tell which network it is.
 
-    A checkpoint of train.py has the arguments of PSPNet in "model". In one of mmsegmentation, where
-    the weights have the same names, the shapes tell which network it is. Raises OSError, and
-    CheckpointError for every other file. mmsegmentation's PSPNets of output stride 32 and of
-    align_corners=True (crop 769x769) are refused too, although their weights would fit.
-    """
+    Raises OSError, and CheckpointError for every other file, also for mmsegmentation's PSPNets of
+    output stride 32 and of align_corners=True (crop 769x769), although their weights would fit."""
     state, checkpoint = read_weights(path)
     config = str(checkpoint.get("meta"))  # where mmsegmentation keeps the text of its configuration
     for setting in ("strides=(1, 2, 2, 2)", "align_corners=True"):
@@ -432,9 +424,8 @@ def load_net(path):
                 return net.float().eval()
         except Exception:  # "model" or the weights are those of another program
             break
-    raise CheckpointError(f"{path} does not hold the weights of a PSPNet of this program or of "
-                          "mmsegmentation: names, shapes or types are others (its first name is "
-                          f"{next(iter(state), None)!r})")
+    raise CheckpointError(f"{path} holds no PSPNet of this program or of mmsegmentation: names, "
+                          f"shapes or types are others (the first is {next(iter(state), None)!r})")
 
 
 def load_backbone(net, weights):
@@ -442,8 +433,8 @@ def load_backbone(net, weights):
     that is "imagenet", torch.hub downloads the file in BACKBONES, once. Raises OSError, and
     CheckpointError where they can't be had or are another backbone's."""
     backbone = net.arguments["backbone"]
+    _, _, _, url = BACKBONES[backbone]
     if weights == "imagenet":
-        *_, url = BACKBONES[backbone]
         cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
@@ -457,32 +448,22 @@ def load_backbone(net, weights):
         state, _ = read_weights(weights)
     state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
-        raise CheckpointError(f"{weights} does not hold the weights of a {backbone}: its names and "
-                              "shapes are others")
+        raise CheckpointError(f"{weights} does not hold a {backbone}: names and shapes are others")
     net.backbone.load_state_dict(state)
 
 
-# python pspnet.py -------------------------------------------------------------------------------
-
-
-def main():
+if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode  # on Windows it warns when it is imported
 
     net, fast = PSPNet().double().eval(), FastPSPNet().double().eval()
     fast.load_state_dict(net.state_dict())
-    images = torch.randint(256, (1, 3, 128, 256))
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
-    with torch.inference_mode():
-        logits, _ = net(images)
-        fast_logits, _ = fast(images)
     for kind in (PSPNet, FastPSPNet):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without values
             kind().eval()(torch.empty(1, 3, 512, 1024))
         gflops = counter.get_total_flops() / 1e9
         print(f"{kind.__name__}: {gflops:.0f} GFLOP for an image of 512x1024")
-    print(f"a random image of 128x256 in float64: logits up to {logits.abs().max():.2g}, "
-          f"largest difference between the two {(fast_logits - logits).abs().max():.2g}")
-
-
-if __name__ == "__main__":
-    main()
+    images = torch.randint(256, (1, 3, 128, 256))
+    with torch.inference_mode():
+        difference = (fast(images)[0] - net(images)[0]).abs().max()
+    print(f"largest difference of their logits, of a random image in float64: {difference:.2g}")

@@ -286,7 +286,7 @@ def test_exports_with_dynamic_height_and_width():
 @pytest.mark.usefixtures("all_cores")
 def test_the_script_shows_that_both_networks_are_the_same(run_here):
     process = run_here("pspnet.py")
-    for words in ("48,975,494 parameters", "FastPSPNet: 561 GFLOP", "PSPNet: 713 GFLOP"):
+    for words in ("48,975,494 parameters", "FastPSPNet: 561 GFLOP", "\nPSPNet: 713 GFLOP"):
         assert words in process.stdout
     assert float(process.stdout.split()[-1]) < 1e-12
 

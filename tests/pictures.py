@@ -1,0 +1,75 @@
+"""Draw the pictures of the README into tests/pictures.
+
+    python tests/pictures.py     # after the first command of the README, and tests/context.py runs/context
+"""
+import sys
+from pathlib import Path
+
+import torch.nn.functional as F
+from context import PYRAMIDS, folder_of
+from PIL import Image, ImageDraw, ImageFont
+
+TESTS = Path(__file__).resolve().parent
+TOP = TESTS.parent
+sys.path.insert(0, str(TOP))
+from cityscapes import Cityscapes, colored, to_picture, to_tensors  # noqa: E402
+from evaluate import predict  # noqa: E402
+from pspnet import load_net  # noqa: E402
+
+
+def save_table(name, rows, titles, scale=1):
+    """Save rows of pictures of one size, below a title for each column."""
+    width, height = (round(scale * length) for length in rows[0][0].size)
+    title_height, gap = 20, 4
+    table = Image.new("RGB", (len(titles) * (width + gap) - gap,
+                              title_height + len(rows) * (height + gap) - gap), "white")
+    draw, font = ImageDraw.Draw(table), ImageFont.load_default()
+    for column, title in enumerate(titles):
+        x = column * (width + gap)
+        draw.text((x + 4, 4), title, fill="black", font=font)
+        for row, pictures in enumerate(rows):
+            picture = pictures[column].resize((width, height), Image.Resampling.NEAREST)
+            table.paste(picture, (x, title_height + row * (height + gap)))
+    path = TESTS / "pictures" / name
+    table.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main():
+    scenes, net = Cityscapes(TOP / "data/toy", "val"), load_net(TOP / "runs/toy/best.pt")
+    picture, label = scenes[0]
+    image, _ = to_tensors((picture, label))
+    row = [picture, colored(label, scenes.classes), colored(predict(net, image), scenes.classes)]
+    save_table("toy.png", [row], ["photograph", "truth", "prediction"])
+
+    averages = [picture]
+    for k in (1, 2, 3, 6):
+        cells = F.adaptive_avg_pool2d(image.float(), k)
+        averages.append(to_picture(F.interpolate(cells[None], image.shape[1:])[0].byte()))
+    titles = ["photograph"] + [f"averages of {k} x {k} regions" for k in (1, 2, 3, 6)]
+    save_table("pyramid.png", [averages], titles, scale=0.6)
+
+    out = TOP / "runs/context"
+    scenes = Cityscapes(out / "data", "val")
+    nets = [load_net(folder_of(out, bins, seed=0) / "best.pt") for bins in PYRAMIDS]
+    rows = []
+    for i in range(len(scenes)):
+        image, _ = to_tensors(scenes[i])
+        predictions = [colored(predict(net, image), scenes.classes) for net in nets]
+        rows.append([scenes[i][0], colored(scenes[i][1], scenes.classes), *predictions])
+    rows = [list(column) for column in zip(*rows[:4])]  # a scene a column: they are wide
+    named = zip(rows, ("photograph", "truth", "no pyramid", "one average", "pyramid 1 2 3 6"))
+    save_table("context.png", [[titled(picture, name) for picture in row[:2]]
+                               for row, name in named], ["", ""], scale=1.5)
+
+
+def titled(picture, title):
+    """The picture below its title."""
+    whole = Image.new("RGB", (picture.width, picture.height + 12), "white")
+    whole.paste(picture, (0, 12))
+    ImageDraw.Draw(whole).text((2, 0), title, fill="black", font=ImageFont.load_default(9))
+    return whole
+
+
+if __name__ == "__main__":
+    main()
