@@ -104,11 +104,12 @@ def read_label(path):
     """A picture of train ids, from a file of label ids. Raises DataError for a damaged file, and
     for other pixels than label ids in one grey channel of 8 bits."""
     picture = open_picture(path)
+    if picture.mode != "L":  # In mode P, for example, values are places in a palette.
+        raise DataError(f"{path} is no map of label ids, as *_labelIds.png are: its mode is "
+                        f"{picture.mode}, not L")
     ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
-    # In mode P, for example, values are places in a palette.
-    if picture.mode != "L" or not set(ids) <= set(TRAIN_IDS):
-        raise DataError(f"{path} is not a map of label ids, as *_labelIds.png are: its mode is "
-                        f"{picture.mode} (not L), or of its values {ids} some are no label ids")
+    if not set(ids) <= set(TRAIN_IDS):
+        raise DataError(f"{path} is no map of label ids: some of its values are none, {ids}")
     return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 
 
@@ -188,12 +189,11 @@ class TrainingStream(Dataset):
     """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
     (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8 tensors.
 
-    stream[k] depends on seed and k, not on what was read before. So a run's data do not depend on
-    how many workers or processes read them. And a run that is resumed at sample k need not read
-    those before: DataLoader(stream, sampler=range(k, end)). Samples 0 to N-1 are a permutation of
-    the N images, N to 2N-1 another. The augmentation follows mmsegmentation 1.2.2 (RandomResize,
-    RandomCrop, RandomFlip, PhotoMetricDistortion). Raises DataError for labels with other values
-    than train ids and VOID."""
+    stream[k] depends on seed and k, not on what was read before. So neither workers nor processes
+    nor a resumed start change a run's data: DataLoader(stream, sampler=range(k, end)). Samples 0 to
+    N-1 are a permutation of the N images, N to 2N-1 another. The augmentation follows
+    mmsegmentation 1.2.2 (RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion). Raises
+    DataError for labels with other values than train ids and VOID."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
@@ -208,8 +208,8 @@ class TrainingStream(Dataset):
         picture, label = self.dataset[self.index(k)]
         rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than those of `index`
 
-        # Resize the photograph by a random scale, then crop: that is, resize a box of it. If the
-        # scale is 2 and the crop 512x1024, the box has 256x512 pixels, and is enlarged twice.
+        # Resize the photograph by a random scale, then crop. Or, for the same pixels: resize only a
+        # box of it. With scale 2 and crop 512x1024 the box has 256x512 pixels.
         scale = rng.uniform(0.5, 2.0)
         height, width = self.crop_size
         box_height = min(height / scale, picture.height)
@@ -259,13 +259,11 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     saturation multiplies the difference between a color and the grey of the same mean. hue turns
     that difference around the axis R = G = B (degrees; red to yellow to green is positive).
     mmsegmentation changes saturation and hue in HSV, which keeps the largest of R, G and B; this
-    keeps their mean. On photographs of CamVid saturation 1.5 moves a value by 2.2 grey levels on
-    average (HSV: 3.0), and hue 36 by 2.9 (HSV: 2.5).
-    """
+    keeps their mean."""
     angle = math.radians(hue)
     to_grey = np.full((3, 3), 1 / 3)  # a color -> the grey of the same mean
     difference = np.eye(3) - to_grey  # a color -> how it differs from that grey
-    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # of it
+    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # by 90 degrees
     turned = math.cos(angle) * difference + math.sin(angle) * quarter_turn
     matrix = contrast * (to_grey + saturation * turned)
     return np.column_stack([matrix, matrix @ np.full(3, brightness)])
@@ -330,10 +328,9 @@ def main():
             problems.append(str(error))
             continue
         print(f"{split}: {len(dataset)} images")
-        for i in tqdm(range(len(dataset)), split, leave=False, disable=not args.check):
+        for i in tqdm(range(len(dataset) if args.check else 0), split, leave=False):
             try:
-                if args.check:
-                    dataset[i]
+                dataset[i]
             except DataError as error:
                 problems.append(str(error))
     if problems:

@@ -13,6 +13,7 @@ The lesson is the first part, up to the end of evaluate(). A picture is Pillow's
 tensor, a label is a map of train ids (see cityscapes.py).
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -85,8 +86,8 @@ def evaluate(net, dataset, device, predict, workers=4, save=None):
     """
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
-    loader = DataLoader(Subset(dataset, share), num_workers=workers, batch_size=None,  # one by one
-                        collate_fn=to_tensors)
+    loader = DataLoader(Subset(dataset, share), num_workers=workers,
+                        batch_size=None, collate_fn=to_tensors)  # one pair at a time
     bar = tqdm(loader, "evaluating", unit=" images", leave=False,
                disable=None if rank == 0 else True)  # None: shown in a terminal only
     num_classes = len(dataset.classes)
@@ -202,7 +203,7 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
                     logits, _ = net(view[None])
                     probabilities = resize(logits[0], (height, width)).softmax(dim=0)
             total += probabilities.flip(2) if mirrored else probabilities
-    return argmax_class(total)
+    return argmax_class(total)  # also that of the average
 
 
 # Processes --------------------------------------------------------------------------------------
@@ -293,8 +294,9 @@ def parse_args():
     add("--workers", type=at_least(0), default=share_of_cores(4),
         help="processes that decode images, for each GPU (its share of the cores, up to 4)")
     args = parser.parse_args()
-    folders = [os.path.realpath(folder) for folder in (args.save_ids, args.save_color) if folder]
-    if len(folders) == 2 and os.path.commonpath(folders) in folders:  # one is in the other
+    folders = [Path(folder).resolve() for folder in (args.save_ids, args.save_color) if folder]
+    if len(folders) == 2 and (folders[0].is_relative_to(folders[1])
+                              or folders[1].is_relative_to(folders[0])):
         parser.error("--save-ids and --save-color must be separate folders: the benchmark takes "
                      "one PNG per image from a folder and all folders in it")
     if (args.images or args.split == "test") and (args.json or not folders):
@@ -360,21 +362,22 @@ def main():
     device, rank, _ = start_process()
     args = parse_args()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
+    with open(args.ckpt, "rb") as file:
+        ckpt = hashlib.file_digest(file, "sha256").hexdigest()
     classes = Cityscapes.classes
-    names, known = [entry.name for entry in classes], net.class_names  # mmsegmentation's has none
+    names, known = [entry.name for entry in classes], net.class_names  # or None
     if net.arguments["num_classes"] != len(names) or known not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({known}), the data set has {len(names)} ({names})")
     dataset = photographs(args.images) if args.images else Cityscapes(args.data, args.split)
     protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
-    weights = sum(parameter.double().sum() for parameter in net.parameters())
-    compare_processes(ckpt=str(weights), images=len(dataset), **protocol)  # as a text: NaN is equal
+    compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
 
-    one_view = args.scales == [1.0] and not args.flip and not args.tile
-    predict_by_protocol = (partial(predict, precision=args.precision) if one_view
-                           else partial(predict_averaged, **protocol))
+    predict_by_protocol = partial(predict, precision=args.precision)
+    if args.flip or args.tile or args.scales != [1.0]:
+        predict_by_protocol = partial(predict_averaged, **protocol)
     if args.images:
         segment_photographs(dataset, net, device, predict_by_protocol, args)
         return

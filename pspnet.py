@@ -7,14 +7,11 @@
 
     python pspnet.py            # parameters, arithmetic, and the difference between the two
 
-To name the class of a pixel one has to know the scene around it. The same shape is a boat on a
-river and a car on a street. PSPNet is a ResNet that keeps an eighth of the image's resolution, and
-a head that looks at the whole scene. The head averages the features over grids of 1x1, 2x2, 3x3 and
-6x6 regions, and hands the averages back to every position.
-
-The weights have the names that mmsegmentation 1.2.2 gives them, and the results are the same
-(tests/test_pspnet.py compares them in float64). The lesson is the first part, up to the end of
-PSPNet. It runs by itself.
+The same shape is a boat on a river and a car on a street: the scene tells. PSPNet is a ResNet that
+keeps an eighth of the image's resolution, and a head that looks at the whole scene. The head
+averages the features over grids of 1x1, 2x2, 3x3 and 6x6 regions, and hands the averages back to
+every position. Names of weights and results are those of mmsegmentation 1.2.2
+(tests/test_pspnet.py). The lesson is the first part. It does not need the second.
 """
 from pathlib import Path
 
@@ -105,12 +102,10 @@ class ResNet(nn.Module):
     where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
     In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they have
-    stride 1. To reach as far in the image as before, as their ImageNet weights are used to, their
-    3x3 convolutions are dilated by 2 and 4 (in a BasicBlock only the first one is). The first block
-    of a stage reads the output of the stage before, so it keeps the dilation of that stage (as in
-    torchvision and mmsegmentation). The stem, the layers before stage 1, is one 7x7 convolution. In
-    the variant V1c it is three 3x3 convolutions, a "deep" stem.
-    """
+    stride 1, and their 3x3 convolutions would see half or a quarter of the distance for which their
+    ImageNet weights were trained. Dilation by 2 and 4 restores it. The first block of a stage keeps
+    the dilation of the stage before, whose output it reads (as in torchvision and mmsegmentation).
+    The stem is one 7x7 convolution, in the variant V1c three 3x3 convolutions (a "deep" stem)."""
 
     def __init__(self, name):
         super().__init__()
@@ -209,17 +204,14 @@ class AuxiliaryHead(nn.Sequential):
 
 
 class PSPNet(nn.Module):
-    """The whole network. `backbone` is a name in BACKBONES, `bins` are the levels of PyramidHead
-    (the paper's table 1 compares some).
+    """The whole network. `backbone` is a name in BACKBONES, `bins` are the levels of PyramidHead.
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
-    aux_logits are None in eval mode, where nobody needs them. In train mode, where 1 is among the
-    bins, B must be 2 or more: that level gives batch norm one value per image and channel.
-
-    Weights start at random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan
-    out, classifiers N(0, 0.01^2) with bias 0. `load_backbone` brings ImageNet's weights.
-    """
+    In eval mode aux_logits are None. In train mode, with 1 among the bins, B must be 2 or more:
+    that level gives batch norm one value per image. Weights start at random, as in mmsegmentation
+    1.2.2: convolutions Kaiming normal over the fan out, classifiers N(0, 0.01^2) with bias 0.
+    `load_backbone` brings ImageNet's weights."""
 
     Head = PyramidHead  # FastPSPNet has another Head, and another `upsample`
 
@@ -262,9 +254,9 @@ class PSPNet(nn.Module):
 
 
 def region_matrix(k, length, like):
-    """M, (k, length): M[m, r] is 1 where position r lies in region m of an axis in k regions, else
-    0. Region m goes from floor(m length / k) to before ceil((m + 1) length / k), as in
-    nn.AdaptiveAvgPool2d. (M has the device and the dtype of `like`.)"""
+    """M, (k, length), in the dtype and on the device of `like`: M[m, r] is 1 where position r lies
+    in region m, else 0. Of k regions of an axis region m goes from floor(m length / k) to before
+    ceil((m + 1) length / k), as in nn.AdaptiveAvgPool2d."""
     m = torch.arange(k, device=like.device)[:, None]
     r = torch.arange(length, device=like.device)
     return ((m * length // k <= r) & (r * k < (m + 1) * length)).to(like.dtype)
@@ -273,7 +265,7 @@ def region_matrix(k, length, like):
 def interpolation_matrix(cells, length, like):
     """R, (length, cells), of linear interpolation along an axis (align_corners=False): value r of
     the result is the sum over m of R[r, m] times cell m. R[r, m] is 1 minus the distance from r to
-    cell m, or 0. (R has the device and the dtype of `like`.)"""
+    cell m, or 0. In the dtype and on the device of `like`."""
     dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot hold 256.5
     r = torch.arange(length, dtype=dtype, device=like.device)[:, None]
     position = ((r + 0.5) * cells / length - 0.5).clamp(0, cells - 1)  # of r, counted in cells
@@ -282,8 +274,8 @@ def interpolation_matrix(cells, length, like):
 
 
 def with_neighbours(matrix):
-    """(length, k) -> (length, 3 k): row r becomes rows r - 1, r and r + 1 side by side. Rows beyond
-    the ends are 0, which is the zero padding of the convolution."""
+    """(length, k) -> (length, 3 k): the new row r is [row r - 1, row r, row r + 1]. Rows beyond the
+    ends are 0, which is the zero padding of the convolution."""
     padded = F.pad(matrix, (0, 0, 1, 1))
     return torch.cat([padded[:-2], padded[1:-1], padded[2:]], dim=1)
 
@@ -291,18 +283,16 @@ def with_neighbours(matrix):
 class FastPyramidHead(PyramidHead):
     """The same function as PyramidHead, for half its arithmetic.
 
-    A convolution of a stack is the sum of one convolution per part. So take one level p, (k, k) per
-    channel i, with its part W of the weight. Stretched to h x w, its channel i is at row r and
-    column c the sum over m and n of R[r, m] p[i, m, n] S[c, n], where R and S are the interpolation
-    matrices of h and w. The 3x3 convolution multiplies this by its weight at nine shifts, u and v =
-    0, 1, 2, and sums over the channels:
+    A convolution of concatenated channels is the sum of one convolution per part. So take one level
+    p, k x k cells in each channel i, and its part W of the weight. Stretched to h x w, channel i is
+    at row r and column c the sum over m and n of R[r, m] p[i, m, n] S[c, n], with the interpolation
+    matrices R of h and S of w. The 3x3 convolution sums nine shifts (u, v = 0, 1, 2) of it:
 
         y[o, r, c] = sum over i, u, v, m, n of
                      R[r + u - 1, m]  W[o, i, u, v]  p[i, m, n]  S[c + v - 1, n]
 
-    The textbook multiplies R, p and S first, and then by W at h x w positions. This head multiplies
-    W and p first, on k x k cells, then R, and S last. It is the same sum in another order.
-    """
+    PyramidHead multiplies R, p and S first, and then by W at h x w positions. This head multiplies
+    W and p first, on k x k cells, then R, and S last. It is the same sum in another order."""
 
     def forward(self, x):
         parts = [x.shape[1]] + [x.shape[1] // 4] * len(self.bins)  # channels of x, of each level
@@ -317,17 +307,16 @@ class FastPyramidHead(PyramidHead):
         """The y of the formula, summed over the levels: (B, o, h, w). What is as large as x is read
         once for all levels. Channels are last, as they are in x's memory."""
         h, w = x.shape[2:]
-        lefts, rights = [], []  # the factors of the last product, by level
+        lefts, rights = [], []  # of the last product, by level
         levels = zip(self.bins, self.pool(x), self.psp_modules, weights, strict=True)
         for k, means, (_, conv_bn_relu), W in levels:  # _ is the textbook's pooling
             p = conv_bn_relu(means)  # (B, i, m, n)
-            mixed = torch.einsum("oiuv,bimn->bumvno", W, p)
-            mixed = mixed.flatten(3).flatten(1, 2)  # (B, u m, v n o)
+            Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. W and p: the sum over i
             R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m)
-            S = with_neighbours(interpolation_matrix(k, w, x))  # (c, v n)
-            lefts.append((R @ mixed).unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
-            rights.append(S)
-        # The sum over v and n, and over the levels: (c, all v n) @ (B, r, all v n, o)
+            RWp = R @ Wp.flatten(3).flatten(1, 2)  # 2. R: the sum over u and m: (B, r, v n o)
+            lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
+            rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
+        # 3. S: the sum over v and n, and over the levels, as they stand side by side
         y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
         return y.permute(0, 3, 1, 2)
 
@@ -337,12 +326,14 @@ class FastPyramidHead(PyramidHead):
         h, w = x.shape[2:]
         x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
         rows = torch.cat([region_matrix(k, h, x) for k in self.bins])  # (1 + 2 + 3 + 6, h)
-        strips = rows @ x.flatten(2) / rows.sum(dim=1, keepdim=True)  # (B, 1 + 2 + 3 + 6, w C)
+        counts = rows.float().sum(dim=1, keepdim=True)  # bfloat16 is exact up to 256 only
+        strips = (rows @ x.flatten(2) / counts).to(x.dtype)  # (B, 1 + 2 + 3 + 6, w C)
         means = []
         for k, strip in zip(self.bins, strips.split(self.bins, dim=1), strict=True):
             columns = region_matrix(k, w, x)
-            cells = columns @ strip.unflatten(2, (w, -1)) / columns.sum(dim=1, keepdim=True)
-            means.append(cells.permute(0, 3, 1, 2))  # from (B, k, k, C)
+            counts = columns.float().sum(dim=1, keepdim=True)
+            cells = (columns @ strip.unflatten(2, (w, -1)) / counts).to(x.dtype)  # (B, k, k, C)
+            means.append(cells.permute(0, 3, 1, 2))
         return means
 
 
@@ -352,8 +343,8 @@ class FastPSPNet(PSPNet):
     Head = FastPyramidHead
 
     def upsample(self, x, size):
-        """Bilinear as well, as two matrix products, since the gradient of F.interpolate is not
-        deterministic on CUDA. In float32 (or float64) also under autocast, for the loss."""
+        """Bilinear as well, as two matrix products: on CUDA the gradient of F.interpolate is not
+        deterministic by default. In float32 (or float64) also under autocast, for the loss."""
         device = "cpu" if x.is_meta else x.device.type  # "meta" has no autocast
         with torch.autocast(device, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -375,8 +366,8 @@ def reason_of(error):
 
 
 def read_weights(path):
-    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A state dict alone counts as
-    both. Raises OSError, and CheckpointError where the file holds no weights."""
+    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A bare state dict is
+    returned twice. Raises OSError, and CheckpointError where the file holds no weights."""
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
@@ -409,13 +400,11 @@ def load_net(path):
             raise CheckpointError(f"{path} was trained with {setting}, which would need another "
                                   "network than this (strides=(1, 2, 1, 1), align_corners=False)")
     classifier = shapes(state).get("decode_head.conv_seg.bias") or [1]
-    candidates = [{"num_classes": classifier[0], "backbone": backbone} for backbone in BACKBONES]
-    if "model" in checkpoint:
-        candidates = [checkpoint["model"]]
-    for arguments in candidates:
+    for backbone in BACKBONES:
+        arguments = {"num_classes": classifier[0], "backbone": backbone}
         try:
             with torch.device("meta"):  # a device without memory: names and shapes, no values
-                net = FastPSPNet(**arguments)
+                net = FastPSPNet(**checkpoint.get("model", arguments))
             if shapes(net.state_dict()) == shapes(state):
                 # From a plain dict batch norm adds the counters that older files lack.
                 net.load_state_dict(dict(state), assign=True)  # "meta" holds nothing to copy to

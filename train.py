@@ -9,12 +9,13 @@ pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. REA
 differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON every 10 iterations, and for each start and validation
+    log.jsonl           a line of JSON every 10 iterations, and for each start and validation;
+                        after a resume some stand there twice, and the later line counts
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. --resume goes on from last.pt, with the same samples, the same
-momentum and, with as many processes, the same dropout. So the weights at the end are those of a run
-in one go. The lesson is the first part, up to the end of main().
+A run may be killed at any moment. --resume goes on from last.pt, with the same samples, momentum
+and, with as many processes, dropout. So on a CPU the weights at the end are the same bytes as those
+of a run in one go. The lesson is the first part, up to the end of main().
 """
 import argparse
 import json
@@ -127,8 +128,8 @@ def main():
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    # The start: a checkpoint of this run, or the weights of --weights or --init. (best.pt is there
-    # alone if the run was killed before it had a last.pt.)
+    # The start: a checkpoint of this run, or the weights of --weights or --init. (best.pt is
+    # written before last.pt, so a kill can leave it alone.)
     saved = [path for path in (out / "last.pt", out / "best.pt") if path.exists()]
     start, best_miou = 0, -1.0
     if args.resume and saved:
@@ -136,7 +137,7 @@ def main():
     elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
         load_first_weights(net, args, class_names)
     compare_processes(start=start, **recipe)  # an error where two machines got different options
-    model = torch.compile(net) if args.compile else net
+    model = torch.compile(net) if args.compile else net  # The weights are those of net.
     if world > 1:
         model = DistributedDataParallel(model)
     log = open(os.devnull, "w")
@@ -169,7 +170,7 @@ def main():
             logits, aux_logits = model(image)
             loss = segmentation_loss(logits, label)
             loss = loss + 0.4 * segmentation_loss(aux_logits, label)  # section 3.3
-        scaler.scale(loss).backward()  # the scaler does something in fp16 only
+        scaler.scale(loss).backward()  # in fp16 small gradients would be 0; else it does nothing
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
