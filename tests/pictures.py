@@ -1,6 +1,6 @@
 """Draw the pictures of the README into tests/pictures.
 
-    python tests/pictures.py     # after the first command of the README, and tests/context.py runs/context
+    python tests/pictures.py     # after README's first command and tests/context.py runs/context
 """
 import sys
 from pathlib import Path
@@ -52,22 +52,25 @@ def main():
     out = TOP / "runs/context"
     scenes = Cityscapes(out / "data", "val")
     nets = [load_net(folder_of(out, bins, seed=0) / "best.pt") for bins in PYRAMIDS]
-    rows = []
-    for i in range(len(scenes)):
-        image, _ = to_tensors(scenes[i])
+    columns = []  # the first street and the first river: one has cars, train id 13, one has not
+    for with_cars in (True, False):
+        picture, label = next(pair for pair in scenes
+                              if (pair[1].histogram()[13] > 0) == with_cars)
+        image, _ = to_tensors((picture, label))
         predictions = [colored(predict(net, image), scenes.classes) for net in nets]
-        rows.append([scenes[i][0], colored(scenes[i][1], scenes.classes), *predictions])
-    rows = [list(column) for column in zip(*rows[:4])]  # a scene a column: they are wide
-    named = zip(rows, ("photograph", "truth", "no pyramid", "one average", "pyramid 1 2 3 6"))
-    save_table("context.png", [[titled(picture, name) for picture in row[:2]]
-                               for row, name in named], ["", ""], scale=1.5)
+        columns.append([picture, colored(label, scenes.classes), *predictions])
+    names = ("photograph", "truth", "no pyramid", "one average", "pyramid 1 2 3 6")
+    rows = [[titled(picture, name) for picture in row]
+            for name, row in zip(names, zip(*columns, strict=True), strict=True)]
+    save_table("context.png", rows, ["a street at the left: cars", "a river at the left: boats"])
 
 
 def titled(picture, title):
-    """The picture below its title."""
-    whole = Image.new("RGB", (picture.width, picture.height + 12), "white")
-    whole.paste(picture, (0, 12))
-    ImageDraw.Draw(whole).text((2, 0), title, fill="black", font=ImageFont.load_default(9))
+    """The picture, enlarged, below its title."""
+    picture = picture.resize((picture.width * 3 // 2, picture.height * 3 // 2))
+    whole = Image.new("RGB", (picture.width, picture.height + 14), "white")
+    whole.paste(picture, (0, 14))
+    ImageDraw.Draw(whole).text((4, 1), title, fill="black", font=ImageFont.load_default())
     return whole
 
 
