@@ -124,11 +124,8 @@ class Cityscapes(Dataset):
     withheld: all void here), or "train_extra" (19998, coarse labels).
 
     dataset[i] -> (picture, label), both Pillow's: RGB, and train ids. The files are
-
-        root/leftImg8bit/split/CITY/NAME_leftImg8bit.png
-        root/gtFine/split/CITY/NAME_gtFine_labelIds.png (in train_extra gtCoarse, twice)
-
-    Raises DataError for what is wrong with the files."""
+    root/leftImg8bit/split/CITY/NAME_leftImg8bit.png and root/gtFine/split/CITY/
+    NAME_gtFine_labelIds.png (or gtCoarse). Raises DataError for what is wrong with them."""
 
     classes = CLASSES
 
@@ -150,21 +147,18 @@ class Cityscapes(Dataset):
         return len(self.names)
 
     def name(self, i):
-        """CITY/NAME of image i."""
-        return self.names[i]
+        return self.names[i]  # CITY/NAME
 
     def paths(self, i):
-        """Path of image i, and path of its label, or None for the test split."""
-        image_path = Path(self.root, "leftImg8bit", self.split, f"{self.names[i]}_leftImg8bit.png")
-        if self.split == "test":
-            return image_path, None
-        label_name = f"{self.names[i]}_{self.kind}_labelIds.png"
-        return image_path, Path(self.root, self.kind, self.split, label_name)
+        """Paths of image i and of its label."""
+        name = self.names[i]
+        return (Path(self.root, "leftImg8bit", self.split, f"{name}_leftImg8bit.png"),
+                Path(self.root, self.kind, self.split, f"{name}_{self.kind}_labelIds.png"))
 
     def __getitem__(self, i):
         image_path, label_path = self.paths(i)
         picture = read_image(image_path)
-        if label_path is None:
+        if self.split == "test":
             return picture, Image.new("L", picture.size, VOID)
         label = read_label(label_path)
         if label.size != picture.size:
@@ -258,8 +252,7 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     brightness (grey levels) is added to all channels. contrast multiplies them afterwards.
     saturation multiplies the difference between a color and the grey of the same mean. hue turns
     that difference around the axis R = G = B (degrees; red to yellow to green is positive).
-    mmsegmentation changes saturation and hue in HSV, which keeps the largest of R, G and B; this
-    keeps their mean."""
+    (In mmsegmentation the last two keep the largest of R, G and B; here they keep the mean.)"""
     angle = math.radians(hue)
     to_grey = np.full((3, 3), 1 / 3)  # a color -> the grey of the same mean
     difference = np.eye(3) - to_grey  # a color -> how it differs from that grey
