@@ -55,7 +55,7 @@ def predict(net, image, precision="fp32"):
 
 def argmax_class(scores):
     """Logits or probabilities (C, H, W) -> the index of the largest of the C, (H, W), uint8. Raises
-    CheckpointError where one is not finite: argmax would call NaN class 0."""
+    CheckpointError where the largest is not finite: argmax would call NaN class 0."""
     largest, index = scores.max(dim=0)  # on a CPU several times as fast as argmax
     if not largest.isfinite().all():
         raise CheckpointError("the network computes values that are not finite: its weights are "
