@@ -109,7 +109,7 @@ def read_label(path):
                         f"{picture.mode}, not L")
     ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
     if not set(ids) <= set(TRAIN_IDS):
-        raise DataError(f"{path} is no map of label ids: some of its values are none, {ids}")
+        raise DataError(f"{path} is no map of label ids: not all of its values are ids, {ids}")
     return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 
 
@@ -202,16 +202,16 @@ class TrainingStream(Dataset):
         picture, label = self.dataset[self.index(k)]
         rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than those of `index`
 
-        # Resize the photograph by a random scale, then crop. Or, for the same pixels: resize only a
-        # box of it. With scale 2 and crop 512x1024 the box has 256x512 pixels.
+        # One would resize the photograph by a random scale, then crop. It is cheaper to resize only
+        # the box that the crop would show. With scale 2 and crop 512x1024 it has 256x512 pixels.
         scale = rng.uniform(0.5, 2.0)
         height, width = self.crop_size
         box_height = min(height / scale, picture.height)
         box_width = min(width / scale, picture.width)
-        # The box fills the crop, unless the scaled photograph is smaller.
+        # The box fills the crop. A smaller scaled photograph is used whole, and padded below.
         new_size = (max(1, round(box_width * scale)), max(1, round(box_height * scale)))
 
-        # No crop should be nearly all road. Where one class has 75 % of the labelled pixels, draw
+        # No crop should be nearly all road: where one class has 75 % of the labelled pixels, draw
         # another box (mmsegmentation's cat_max_ratio). The eleventh is taken as it is.
         for _ in range(11):
             left = rng.uniform(0, picture.width - box_width)
@@ -219,7 +219,7 @@ class TrainingStream(Dataset):
             box = (left, top, left + box_width, top + box_height)
             new_label = label.transform(new_size, Image.Transform.EXTENT, box,
                                         Image.Resampling.NEAREST)
-            pixels = new_label.histogram()[:VOID]  # of each train id
+            pixels = new_label.histogram()[:VOID]  # of each class, not of void
             if max(pixels) < 0.75 * sum(pixels):
                 break
         if any(pixels[len(self.dataset.classes):]):
@@ -256,7 +256,8 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     angle = math.radians(hue)
     to_grey = np.full((3, 3), 1 / 3)  # a color -> the grey of the same mean
     difference = np.eye(3) - to_grey  # a color -> how it differs from that grey
-    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # by 90 degrees
+    # A color -> its difference, turned by 90 degrees around the grey axis (a cross product)
+    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turned = math.cos(angle) * difference + math.sin(angle) * quarter_turn
     matrix = contrast * (to_grey + saturation * turned)
     return np.column_stack([matrix, matrix @ np.full(3, brightness)])

@@ -6,11 +6,10 @@
     python evaluate.py --ckpt best.pt --split test --save-ids submission
     python evaluate.py --ckpt best.pt --images photo.jpg holiday/ --save-color out
 
-The checkpoint is one of train.py's or one that mmsegmentation published. As in the benchmark, all
-labelled pixels of the split, at full resolution, are counted in one confusion matrix, of truth
-against prediction; from it come each class's intersection over union (IoU) and their mean (mIoU).
-The lesson is the first part, up to the end of evaluate(). A picture is Pillow's, an image is a
-tensor, a label is a map of train ids (see cityscapes.py).
+The checkpoint is one of train.py's or one that mmsegmentation published. All labelled pixels of the
+split, at full resolution, are counted in one confusion matrix, of truth against prediction. From it
+come each class's intersection over union (IoU) and their mean (mIoU). The lesson is the first part,
+up to the end of evaluate(). The words picture, image and label are those of cityscapes.py.
 """
 import argparse
 import hashlib
@@ -66,7 +65,8 @@ def argmax_class(scores):
 def confusion(label, prediction, num_classes):
     """Pixels by truth (row) and prediction (column): train ids, uint8, both of the same shape ->
     (256, num_classes), int64. A label 3 predicted as 5 counts at [3, 5]. Row 255 is void."""
-    pairs = label.int() * num_classes + prediction  # int, because uint8 would overflow
+    # One number for each pair (truth, prediction), to count with bincount; uint8 would overflow.
+    pairs = label.int() * num_classes + prediction
     return torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, num_classes)
 
 
@@ -76,15 +76,15 @@ def intersection_over_union(matrix):
     return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
 
 
-def evaluate(net, dataset, device, predict, workers=4, save=None):
+def evaluate(net, dataset, device, predict_image, workers=4, save=None):
     """The confusion matrix of `net` on `dataset` over all processes: (classes, classes), int64, on
     the CPU, the same in each process. Every process must call it. It leaves net in eval mode.
 
     Of 2 processes and 8 images, process 0 has images 0, 2, 4, 6, process 1 has 1, 3, 5, 7: each is
-    seen exactly once. `net` is the plain network, as DistributedDataParallel would exchange data in
-    each forward. predict(net, image) -> train ids (H, W). save(i, image, prediction), if given, is
-    called for each image i. Raises DataError for labels with other values than train ids and VOID.
-    """
+    seen exactly once. `net` is the plain network: DistributedDataParallel would wait in each
+    forward for processes that have no image left. predict_image(net, image) -> train ids (H, W).
+    save(i, image, prediction), if given, is called for each image i. Raises DataError for labels
+    with other values than train ids and VOID."""
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, share), num_workers=workers,
@@ -95,7 +95,7 @@ def evaluate(net, dataset, device, predict, workers=4, save=None):
     counts = torch.zeros(256, num_classes, dtype=torch.int64, device=device)  # by label, prediction
     net.eval()
     for i, (image, label) in zip(share, bar, strict=True):
-        prediction = predict(net, image.to(device))
+        prediction = predict_image(net, image.to(device))
         counts += confusion(label.to(device), prediction, num_classes)
         if save:
             save(i, image, prediction)
@@ -111,11 +111,10 @@ def evaluate(net, dataset, device, predict, workers=4, save=None):
 
 
 def scores_of(matrix, classes):
-    """The figures of the benchmark and of mmsegmentation, as fractions, from a matrix of
-    `confusion` on the CPU. A class that is neither in the truth nor in the predictions has no IoU,
-    one that is not in the truth no accuracy: they are None, and the means leave them out. Source:
-    cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py; mmsegmentation 1.2.2,
-    IoUMetric. Raises DataError where all pixels were void."""
+    """The figures of the benchmark and of mmsegmentation, as fractions, from the matrix of
+    `evaluate`. What would be 0/0 is None, and the means leave it out. Raises DataError where all
+    pixels are void. Source: cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py;
+    mmsegmentation 1.2.2, IoUMetric."""
     if not matrix.any():
         raise DataError("there is nothing to score: every pixel of the labels is void")
     matrix = matrix.double()
@@ -143,12 +142,12 @@ def format_scores(scores):
     def percent(value):
         return "n/a" if value is None else f"{100 * value:.2f}"
 
-    classes = scores["classes"]
     lines = [f"{'class':16}{'IoU %':>8}{'accuracy %':>12}"]
-    lines += [f"{row['name']:16}{percent(row['iou']):>8}{percent(row['accuracy']):>12}"
-              for row in classes]
-    present = sum(row["iou"] is not None for row in classes)
-    lines += ["", f"mIoU {percent(scores['miou'])} % over {present} of {len(classes)} classes, "
+    for row in scores["classes"]:
+        lines.append(f"{row['name']:16}{percent(row['iou']):>8}{percent(row['accuracy']):>12}")
+    present = [row for row in scores["classes"] if row["iou"] is not None]
+    lines += ["", f"mIoU {percent(scores['miou'])} % "
+              f"over {len(present)} of {len(scores['classes'])} classes, "
               f"category mIoU {percent(scores['category_miou'])} %, "
               f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
               f"mean accuracy {percent(scores['mean_accuracy'])} %"]
@@ -204,7 +203,7 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
                     logits, _ = net(view[None])
                     probabilities = resize(logits[0], (height, width)).softmax(dim=0)
             total += probabilities.flip(2) if mirrored else probabilities
-    return argmax_class(total)  # also that of the average
+    return argmax_class(total)  # the largest sum is the largest average
 
 
 # Processes --------------------------------------------------------------------------------------
@@ -212,8 +211,7 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
 
 def start_process():
     """(device, rank, world): the GPU of this process, or the CPU; its number; how many processes
-    there are. torchrun tells them in the environment; without torchrun there is one. Raises
-    DataError where there are more processes than GPUs."""
+    there are. torchrun tells them in the environment. Raises DataError where GPUs are too few."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -247,11 +245,11 @@ def gather(value):
 def compare_processes(**settings):
     """Raises DataError, in every process, unless all have the same settings. On two machines
     options and files may differ, and one result would be made of two."""
-    first, *others = gather(settings)
-    differing = [name for name in first for other in others if other[name] != first[name]]
+    values = gather(settings)
+    differing = [name for name in settings if any(v[name] != values[0][name] for v in values)]
     if differing:
-        raise DataError(f"the processes differ in {', '.join(sorted(set(differing)))}: all of them "
-                        "need the same options and the same files")
+        raise DataError(f"the processes differ in {', '.join(differing)}: all of them need the "
+                        "same options and the same files")
 
 
 def share_of_cores(most):
@@ -276,12 +274,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE",
-        help="a checkpoint of train.py or of mmsegmentation")
+    add("--ckpt", required=True, metavar="FILE", help="one of train.py or of mmsegmentation")
     add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
     add("--split", choices=("train", "val", "test"), default="val")
-    add("--images", nargs="+", metavar="PATH",
-        help="predict these image files, or folders of them, instead of a split")
+    add("--images", nargs="+", metavar="PATH", help="predict these files, or folders of them")
     add("--scales", type=at_least(0.01, float), nargs="+", default=[1.0], metavar="S",
         help="average over the image at these multiples of its size (1)")
     add("--flip", action="store_true", help="average over the mirrored image too")
@@ -298,8 +294,8 @@ def parse_args():
     folders = [Path(folder).resolve() for folder in (args.save_ids, args.save_color) if folder]
     if len(folders) == 2 and (folders[0].is_relative_to(folders[1])
                               or folders[1].is_relative_to(folders[0])):
-        parser.error("--save-ids and --save-color must be separate folders: the benchmark takes "
-                     "one PNG per image from a folder and all folders in it")
+        parser.error("--save-ids and --save-color must be separate folders, as the benchmark takes "
+                     "one PNG per image")
     if (args.images or args.split == "test") and (args.json or not folders):
         parser.error("photographs and the test split have no labels to score with: leave out "
                      "--json, and add --save-color DIR, or --save-ids DIR for the test server")
@@ -307,9 +303,8 @@ def parse_args():
 
 
 def save_prediction(image, prediction, name, args):
-    """Write a prediction, train ids (H, W), for an image as PNGs: in --save-ids NAME.png, of label
-    ids, as the test server of Cityscapes takes them; in --save-color NAME_color.png and
-    NAME_overlay.png, of the colors, alone and over the image."""
+    """Write a prediction, train ids (H, W), for an image: to --save-ids as NAME.png, label ids for
+    the test server; to --save-color as NAME_color.png and, over the image, NAME_overlay.png."""
     prediction, classes = prediction.cpu().numpy(), Cityscapes.classes
     for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
@@ -328,9 +323,11 @@ def photographs(paths):
     dictionary by name. Raises DataError for two of one name, and where there is none."""
     files = {}
     for path in map(Path, paths):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file != path and (file.name.startswith(".") or not file.is_file()):
-                continue
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.is_file())
+            found = [file for file in found if not file.name.startswith(".")]
+        for file in found:
             if file.name in files:
                 raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}"
                                 ".png: predict them into different folders")
@@ -340,21 +337,21 @@ def photographs(paths):
     return files
 
 
-def segment_photographs(files, net, device, predict, args):
+def segment_photographs(files, net, device, predict_image, args):
     """Predict this process's share of the files, and save each under its whole name: photo.jpg and
     photo.png are two. Raises DataError, at the end and in every process, if some can't be read."""
     rank, world = rank_and_world()
-    problems = []
+    unreadable = 0
     for name in list(files)[rank::world]:
         try:
             picture = read_image(files[name])
         except DataError as error:
-            problems.append(str(error))
             print(error, file=sys.stderr)
+            unreadable += 1
             continue
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        save_prediction(image, predict(net, image.to(device)), name, args)
-    unreadable = sum(map(len, gather(problems)))
+        save_prediction(image, predict_image(net, image.to(device)), name, args)
+    unreadable = sum(gather(unreadable))
     if unreadable:
         raise DataError(f"{unreadable} files could not be read")
 
@@ -366,7 +363,7 @@ def main():
     with open(args.ckpt, "rb") as file:
         ckpt = hashlib.file_digest(file, "sha256").hexdigest()
     classes = Cityscapes.classes
-    names, known = [entry.name for entry in classes], net.class_names  # or None
+    names, known = [entry.name for entry in classes], net.class_names
     if net.arguments["num_classes"] != len(names) or known not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
                               f"({known}), the data set has {len(names)} ({names})")
@@ -376,19 +373,18 @@ def main():
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
 
-    predict_by_protocol = partial(predict, precision=args.precision)
+    predict_image = partial(predict, precision=args.precision)
     if args.flip or args.tile or args.scales != [1.0]:
-        predict_by_protocol = partial(predict_averaged, **protocol)
+        predict_image = partial(predict_averaged, **protocol)
     if args.images:
-        segment_photographs(dataset, net, device, predict_by_protocol, args)
+        segment_photographs(dataset, net, device, predict_image, args)
         return
 
     def save(i, image, prediction):
         save_prediction(image, prediction, dataset.name(i), args)
 
     saving = args.save_ids or args.save_color
-    matrix = evaluate(net, dataset, device, predict_by_protocol, args.workers,
-                      save if saving else None)
+    matrix = evaluate(net, dataset, device, predict_image, args.workers, save if saving else None)
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix, classes)
         print(format_scores(scores))

@@ -27,7 +27,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def shortcut(in_channels, out_channels, stride):
-    """The identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
+    """nn.Identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
     blocks call it `downsample`, because files of weights do."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn2.weight)  # A new block is its shortcut: easier to train at first.
+        nn.init.zeros_(self.bn2.weight)  # at first a block adds 0 to its shortcut
         self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x):
@@ -73,7 +73,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        nn.init.zeros_(self.bn3.weight)  # A new block is its shortcut: easier to train at first.
+        nn.init.zeros_(self.bn3.weight)  # at first a block adds 0 to its shortcut
         self.downsample = shortcut(in_channels, 4 * channels, stride)
 
     def forward(self, x):
@@ -101,11 +101,12 @@ class ResNet(nn.Module):
     normalised images (B, 3, H, W) -> stage 3 (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8, W/8),
     where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
-    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they have
-    stride 1, and their 3x3 convolutions would see half or a quarter of the distance for which their
-    ImageNet weights were trained. Dilation by 2 and 4 restores it. The first block of a stage keeps
-    the dilation of the stage before, whose output it reads (as in torchvision and mmsegmentation).
-    The stem is one 7x7 convolution, in the variant V1c three 3x3 convolutions (a "deep" stem)."""
+    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they don't.
+    So neighbouring positions are closer together in the image than the ImageNet weights expect: by
+    a factor of 2 in stage 3, of 4 in stage 4. A 3x3 convolution of dilation 2 or 4 reads every
+    second or fourth position, and spans the old distance. The first block of a stage reads the
+    output of the stage before, and has its dilation (as in torchvision and mmsegmentation). The
+    stem is one 7x7 convolution, in the variant V1c three 3x3 convolutions (a "deep" stem)."""
 
     def __init__(self, name):
         super().__init__()
@@ -130,8 +131,8 @@ class ResNet(nn.Module):
 
         self.layer1 = stage(64, 64, depths[0])
         self.layer2 = stage(64 * e, 128, depths[1], stride=2)
-        self.layer3 = stage(128 * e, 256, depths[2], first_dilation=1, dilation=2)
-        self.layer4 = stage(256 * e, 512, depths[3], first_dilation=2, dilation=4)
+        self.layer3 = stage(128 * e, 256, depths[2], first_dilation=1, dilation=2)  # not stride=2
+        self.layer4 = stage(256 * e, 512, depths[3], first_dilation=2, dilation=4)  # not stride=2
 
     def forward(self, x):
         if self.deep_stem:
@@ -244,7 +245,7 @@ class PSPNet(nn.Module):
 
     def normalize(self, images):
         """Values of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN and
-        STD are no buffers, because mmsegmentation's files don't hold them.)"""
+        STD are not buffers, because mmsegmentation's files don't hold them.)"""
         dtype = self.decode_head.conv_seg.weight.dtype
         channels = [(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)]
         return torch.stack(channels, dim=1)
@@ -311,12 +312,13 @@ class FastPyramidHead(PyramidHead):
         levels = zip(self.bins, self.pool(x), self.psp_modules, weights, strict=True)
         for k, means, (_, conv_bn_relu), W in levels:  # _ is the textbook's pooling
             p = conv_bn_relu(means)  # (B, i, m, n)
-            Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. W and p: the sum over i
+            Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. the sum over i: (B, u, m, v, n, o)
+            Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o)
             R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m)
-            RWp = R @ Wp.flatten(3).flatten(1, 2)  # 2. R: the sum over u and m: (B, r, v n o)
+            RWp = R @ Wp  # 2. the sum over u and m: (B, r, v n o)
             lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
             rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
-        # 3. S: the sum over v and n, and over the levels, as they stand side by side
+        # 3. the sum over v and n, and over the levels, which stand side by side
         y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
         return y.permute(0, 3, 1, 2)
 
@@ -338,7 +340,7 @@ class FastPyramidHead(PyramidHead):
 
 
 class FastPSPNet(PSPNet):
-    """The same function as PSPNet: faster, and on a GPU the same bytes each time."""
+    """The same function as PSPNet: faster, and without operations that CUDA does not repeat."""
 
     Head = FastPyramidHead
 

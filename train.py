@@ -9,8 +9,8 @@ pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. REA
 differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON every 10 iterations, and for each start and validation;
-                        after a resume some stand there twice, and the later line counts
+    log.jsonl           a line of JSON every 10 iterations, and for each start and validation
+                        (after a resume some iterations stand twice: the later counts)
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. --resume goes on from last.pt, with the same samples, momentum
@@ -72,11 +72,9 @@ def parse_args(device, world):
     add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
     add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
-    add("--batch-size", type=at_least(1), default=8,
-        help="images per iteration, in all processes together (8)")
+    add("--batch-size", type=at_least(1), default=8, help="images in all processes together (8)")
     add("--iters", type=at_least(1), default=40_000, help="iterations (40000)")
-    add("--lr", type=at_least(0, float), default=0.01,
-        help="learning rate of the first iteration (0.01)")
+    add("--lr", type=at_least(0, float), default=0.01, help="the first learning rate (0.01)")
     add("--seed", type=at_least(0), default=0, help="of samples, dropout and new weights (0)")
     add("--workers", type=at_least(0), default=share_of_cores(8),
         help="processes that make samples, for each GPU (its share of the cores, up to 8)")
@@ -88,13 +86,12 @@ def parse_args(device, world):
         precision = "bf16" if has_bf16 else "fp16"
     add("--precision", choices=("fp32", "bf16", "fp16"), default=precision,
         help="fp16 and bf16 are autocast (on a GPU bf16, fp16 where that is only emulated)")
-    add("--compile", action="store_true",
-        help="torch.compile the network (with several GPUs SyncBatchNorm cuts it into pieces)")
+    add("--compile", action="store_true", help="torch.compile the network")
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
     add("--resume", action="store_true", help="go on from last.pt in --out, or start without one")
     args = parser.parse_args()
     # Batch norm needs two values per channel, and the 1x1 level gives one per image. On GPUs
-    # SyncBatchNorm counts the images of all processes, on CPUs each process counts its own.
+    # SyncBatchNorm takes the images of all processes together, on CPUs each has its own.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
@@ -103,7 +100,7 @@ def parse_args(device, world):
 
 
 def main():
-    device, rank, world = start_process()  # this GPU, the number of this process, of all
+    device, rank, world = start_process()  # this process: its GPU, its number, of how many
     args = parse_args(device, world)
     out = Path(args.out)
     if rank == 0 and out.exists() and not args.resume:
@@ -114,9 +111,9 @@ def main():
         train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra")])
         train_set.classes = val_set.classes
     class_names = [entry.name for entry in val_set.classes]
-    # All that the weights depend on: a resumed run must have the same recipe.
-    neutral = ("data", "out", "workers", "val_every", "save_every", "resume")
-    recipe = {name: value for name, value in vars(args).items() if name not in neutral}
+    # What a resumed run must have as before: all options but for those that leave the weights alone
+    not_recipe = ("data", "out", "workers", "val_every", "save_every", "resume")
+    recipe = {name: value for name, value in vars(args).items() if name not in not_recipe}
     recipe.update(images=len(train_set), classes=class_names)
 
     # The network: `net` is the plain one, evaluated and saved; `model` is net wrapped for training.
@@ -128,8 +125,8 @@ def main():
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    # The start: a checkpoint of this run, or the weights of --weights or --init. (best.pt is
-    # written before last.pt, so a kill can leave it alone.)
+    # The start: a checkpoint of this run, or the weights of --weights or --init. (A run that was
+    # killed between the first best.pt and the first last.pt has best.pt only.)
     saved = [path for path in (out / "last.pt", out / "best.pt") if path.exists()]
     start, best_miou = 0, -1.0
     if args.resume and saved:
@@ -138,15 +135,13 @@ def main():
         load_first_weights(net, args, class_names)
     compare_processes(start=start, **recipe)  # an error where two machines got different options
     model = torch.compile(net) if args.compile else net  # The weights are those of net.
-    if world > 1:
+    if world > 1:  # Backward averages the gradients, so that all processes take the same step.
         model = DistributedDataParallel(model)
-    log = open(os.devnull, "w")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "a", buffering=1)  # line by line
         print(f"{world} x {device.type}, {args.precision}: {len(train_set)} images to train on, "
               f"{len(val_set)} to validate, iterations {start} to {args.iters}", flush=True)
-    write(log, "start", start, processes=world, device=str(device), **recipe)
+        write_log(out, "start", start, processes=world, device=str(device), **recipe)
 
     # The data: iteration i has the samples from i * batch_size on. Of 2 processes, process 0 has
     # those at even places, process 1 the others.
@@ -159,7 +154,7 @@ def main():
     net.train()
     for iteration, (image, label) in zip(bar, loader, strict=True):
         image = image.to(device, non_blocking=True)  # (B, 3, H, W), uint8; B: of this process
-        label = label.to(device, non_blocking=True).long()  # (B, H, W)
+        label = label.to(device, non_blocking=True).long()  # (B, H, W), as cross_entropy wants it
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -180,16 +175,17 @@ def main():
         saving = step % args.save_every == 0 or validating
         if step % 10 == 0 or saving:
             mean_loss = mean_over_processes(loss)  # waits for the GPU
-            write(log, "train", step, lr=lr, loss=mean_loss)
+            if rank == 0:
+                write_log(out, "train", step, lr=lr, loss=mean_loss)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.2g}", refresh=False)
         if validating:
             scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
             net.train()  # validate has left it in eval mode
-            write(log, "validation", step, **scores)
+            if rank == 0:
+                write_log(out, "validation", step, **scores)
         if saving and rank == 0:
             is_best = validating and scores["miou"] > best_miou
-            if is_best:
-                best_miou = scores["miou"]
+            best_miou = scores["miou"] if is_best else best_miou
             checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
                           "classes": class_names, "optimizer": optimizer.state_dict(),
                           "scaler": scaler.state_dict(), "step": step, "best": best_miou,
@@ -256,9 +252,10 @@ def save(checkpoint, path):
     os.replace(temporary, path)
 
 
-def write(log, event, step, **values):
-    """Append a line of JSON to the file `log`."""
-    print(json.dumps({"event": event, "step": step, **values}), file=log)
+def write_log(out, event, step, **values):
+    """Append a line of JSON to log.jsonl."""
+    with open(out / "log.jsonl", "a") as file:
+        print(json.dumps({"event": event, "step": step, **values}), file=file)
 
 
 def mean_over_processes(loss):
