@@ -420,23 +420,20 @@ def load_net(path):
 
 
 def load_backbone(net, weights):
-    """Put an ImageNet classifier's weights into net.backbone. They come from the file `weights`. If
-    that is "imagenet", torch.hub downloads the file in BACKBONES, once. Raises OSError, and
+    """Put an ImageNet classifier's weights into net.backbone: of the file `weights`, or, if that is
+    "imagenet", of the file in BACKBONES, which torch.hub downloads once. Raises OSError, and
     CheckpointError where they can't be had or are another backbone's."""
     backbone = net.arguments["backbone"]
-    _, _, _, url = BACKBONES[backbone]
     if weights == "imagenet":
-        cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        except Exception as error:  # no network, no space, another hash, a damaged file
-            raise CheckpointError(f"cannot get {url}, or cannot read {cached}, where it is kept "
-                                  f"({reason_of(error)}): if that file is there, remove it; or "
-                                  "give --weights FILE, or --weights none") from error
-        state = state.get("state_dict", state)
-    else:
-        state, _ = read_weights(weights)
+        _, _, _, url = BACKBONES[backbone]
+        weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        if not weights.exists():
+            try:  # It puts the file there, whole or not at all.
+                torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+            except Exception as error:  # no network, no space, another hash
+                raise CheckpointError(f"cannot download {url} ({reason_of(error)}): give --weights "
+                                      "FILE, or --weights none") from error
+    state, _ = read_weights(weights)
     state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
     if shapes(state) != shapes(net.backbone.state_dict()):
         raise CheckpointError(f"{weights} does not hold a {backbone}: names and shapes are others")
@@ -448,13 +445,12 @@ if __name__ == "__main__":
 
     net, fast = PSPNet().double().eval(), FastPSPNet().double().eval()
     fast.load_state_dict(net.state_dict())
+    images = torch.randint(256, (1, 3, 128, 256))
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
     for kind in (PSPNet, FastPSPNet):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without values
             kind().eval()(torch.empty(1, 3, 512, 1024))
-        gflops = counter.get_total_flops() / 1e9
-        print(f"{kind.__name__}: {gflops:.0f} GFLOP for an image of 512x1024")
-    images = torch.randint(256, (1, 3, 128, 256))
+        print(f"{kind.__name__}: {counter.get_total_flops() / 1e9:.0f} GFLOP for 512x1024 pixels")
     with torch.inference_mode():
         difference = (fast(images)[0] - net(images)[0]).abs().max()
     print(f"largest difference of their logits, of a random image in float64: {difference:.2g}")
