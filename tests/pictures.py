@@ -40,13 +40,13 @@ def main():
     picture, label = scenes[0]
     image, _ = to_tensors((picture, label))
     row = [picture, colored(label, scenes.classes), colored(predict(net, image), scenes.classes)]
-    save_table("toy.png", [row], ["photograph", "truth", "prediction"])
+    save_table("toy.png", [row], ["drawn scene", "truth", "prediction"])
 
     averages = [picture]
     for k in (1, 2, 3, 6):
         cells = F.adaptive_avg_pool2d(image.float(), k)
         averages.append(to_picture(F.interpolate(cells[None], image.shape[1:])[0].byte()))
-    titles = ["photograph"] + [f"averages of {k} x {k} regions" for k in (1, 2, 3, 6)]
+    titles = ["drawn scene"] + [f"averages on a {k} x {k} grid" for k in (1, 2, 3, 6)]
     save_table("pyramid.png", [averages], titles, scale=0.6)
 
     out = TOP / "runs/context"
@@ -59,10 +59,11 @@ def main():
         image, _ = to_tensors((picture, label))
         predictions = [colored(predict(net, image), scenes.classes) for net in nets]
         columns.append([picture, colored(label, scenes.classes), *predictions])
-    names = ("photograph", "truth", "no pyramid", "one average", "pyramid 1 2 3 6")
+    names = ("drawn scene", "truth", "no pyramid", "one average", "pyramid 1 2 3 6")
     rows = [[titled(picture, name) for picture in row]
             for name, row in zip(names, zip(*columns, strict=True), strict=True)]
-    save_table("context.png", rows, ["a street at the left: cars", "a river at the left: boats"])
+    save_table("context.png", rows, ["street at the left, so these are cars (blue)",
+                                     "river at the left, so these are boats (red)"])
 
 
 def titled(picture, title):
