@@ -100,6 +100,7 @@ def test_no_operation_of_a_training_step_is_nondeterministic_on_cuda():
     assert len(step.names & NONDETERMINISTIC) == 3
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_steps_of_sgd_equal_mmsegmentations():
     """Three of the 20 that are recorded, in float64: each loss depends on all updates before."""
     recorded = MMSEG["sgd20"]["r18b-d8", "float64"]
@@ -170,12 +171,11 @@ def start(toy, out, processes=1, restarts=0):
 
 
 def kill(toy, out):
-    """Start a run and end it by SIGKILL, twice, in the middle of saving perhaps."""
-    for _ in range(2):
-        process = start(toy, out)
-        process.kill()
-        assert process.wait(timeout=600) == -signal.SIGKILL
-        assert 1 <= read_checkpoint(out / "last.pt")["step"] < 6
+    """Start a run and end it by SIGKILL, in the middle of saving perhaps."""
+    process = start(toy, out)
+    process.kill()
+    assert process.wait(timeout=600) == -signal.SIGKILL
+    assert 1 <= read_checkpoint(out / "last.pt")["step"] < 6
 
 
 def kill_one_of_two(toy, out):
@@ -319,9 +319,9 @@ def test_two_processes_take_the_steps_of_the_recipe_together(toy, runs):
 
 def test_training_learns(toy, tmp_path, run_here):
     out = tmp_path / "run"
-    run_here(f"train.py --data {toy} --out {out} {SMALL} --iters 20 --save-every 1")
-    losses = [line["loss"] for line in events(out) if line["event"] == "train"]
-    assert sum(losses[10:]) < 0.93 * sum(losses[:10])
+    run_here(f"train.py --data {toy} --out {out} {SMALL} --iters 16 --save-every 4")
+    losses = {line["step"]: line["loss"] for line in events(out) if line["event"] == "train"}
+    assert losses[12] + losses[16] < 0.95 * (losses[4] + losses[8])
 
 
 @pytest.mark.parametrize("bins", ["", "1 2 4 8"])
