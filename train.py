@@ -117,7 +117,7 @@ def main():
     recipe.update(images=len(train_set), classes=class_names)
 
     # The network: `net` is the plain one, evaluated and saved; `model` is net wrapped for training.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**32)
     net = FastPSPNet(len(class_names), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # statistics of the whole batch, not of one image
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)

@@ -3,7 +3,7 @@
     python tests/bench.py train              # a training step: ms, images/s, memory on CUDA
     python tests/bench.py eval               # the prediction of an image of twice the crop
     python tests/bench.py loader --data DIR  # training samples: ms on one core, images/s of all
-    python tests/bench.py head               # operations and bytes that the two heads move, on a CPU
+    python tests/bench.py head               # operations and bytes that both heads move, on a CPU
 
 Results are lines of JSON. Where mmsegmentation is installed its network is measured as well (pip
 install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import).
@@ -135,7 +135,9 @@ def bench_net(args, training):
     """Time the settings in turn, --rounds times, each in a process of its own, so that none leaves
     the next its memory or compiled code. Last the medians, also of ratios within a round."""
     references = ["PSPNet"] + ["mmsegmentation"] * MMSEGMENTATION
-    variants = ["FastPSPNet", "default layout"] + ["compiled"] * (args.compile and training) + references
+    variants = ["FastPSPNet", "default layout", *references]
+    if args.compile and training:
+        variants.append("compiled")
     precisions = ["fp32"] if DEVICE.type == "cpu" else ["fp32", "bf16"]
     times = {setting: [] for setting in product(precisions, variants)}
     for setting in list(times) * args.rounds:

@@ -325,7 +325,8 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     wrong(f"--data {toy}", "--ckpt")
     wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "cannot be read")
     wrong(f"--ckpt {tmp_path}/eleven.pt --data {toy}", "11 classes", "19")
-    wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "(['bicycle', 'motorcycle'", "(['road', 'sidewalk'")
+    wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "(['bicycle', 'motorcycle'",
+          "(['road', 'sidewalk'")
     wrong(f"--ckpt {checkpoint} --data {tmp_path}/nowhere", "no images", "--data")
     wrong(f"{here} --scales -1", "--scales: -1 is not a number from 0.01 on")
     wrong(f"{here} --scales nan", "nan is not a number")

@@ -478,6 +478,7 @@ def test_mistakes_end_with_one_sentence(toy, tmp_path, reference, mistake, monke
     wrong("--iters 0", "--iters: 0 is not a number from 1 on")
     wrong("--bins 0", "--bins")
     wrong("--seed -1", "--seed")
+    wrong(f"--seed {2**70} --weights {tmp_path}/none.pth", "No such file")  # large ones are fine
     wrong("--lr nan", "--lr")
     wrong("--backbone vgg", "--backbone", "vgg", "resnet50_v1c")
     wrong("--weights imagenet", "no network", "resnet18-f37072fd.pth", "--weights FILE")

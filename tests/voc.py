@@ -20,8 +20,8 @@ class VOC(VOCSegmentation):
     """dataset[i] -> (picture, label): RGB, and train ids, which are 255 at the borders of things.
     `split` is "train" or "val"."""
 
-    classes = [SceneClass(i, name, "object" if i else "background", (i * 37 % 256, i * 67 % 256, 97))
-               for i, name in enumerate(NAMES)]
+    classes = [SceneClass(i, name, "object" if i else "background",
+                          (i * 37 % 256, i * 67 % 256, 97)) for i, name in enumerate(NAMES)]
 
     def __init__(self, root, split):
         super().__init__(root, image_set=split)
