@@ -10,11 +10,9 @@ an endless stream of training samples.
     python cityscapes.py --data DIR --check  # decodes all files first, and lists what is wrong
 
 A train id is the number of a class, 0 to 18. The train id 255 is void: not trained, not scored. A
-picture is Pillow's, an image is a tensor, a label is a map of train ids. The files are used as they
-come out of the official zip archives. For other classes edit CLASSES. For other files write a class
-with len(dataset), dataset[i] as above (as torchvision's data sets for segmentation give it), and
-dataset.classes, a list of SceneClass. To save predictions it also needs dataset.name(i), a relative
-path without an ending. The lesson is the first part, up to the end of color_matrix.
+picture is Pillow's, an image is a tensor, a label is a map of train ids. For other classes edit
+CLASSES. For other files write a class with len(dataset), dataset[i] as above and dataset.classes, a
+list of SceneClass. To save predictions it also needs dataset.name(i), a path without an ending.
 """
 import argparse
 import glob
@@ -30,8 +28,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
-
-# The classes ------------------------------------------------------------------------------------
 
 
 class SceneClass(NamedTuple):
@@ -90,8 +86,7 @@ def open_picture(path):
 
 
 def read_image(path):
-    """An RGB picture, turned upright. Raises DataError for a damaged file, and for pixels of more
-    than 8 bits a channel."""
+    """An RGB picture, turned upright. Raises DataError for a damaged file, and over 8 bits."""
     picture = open_picture(path)
     if picture.mode.startswith(("I", "F", "LAB")):
         raise DataError(f"{path} has pixels of mode {picture.mode}: store it with 8 bits a channel")
@@ -101,44 +96,43 @@ def read_image(path):
 
 
 def read_label(path):
-    """A picture of train ids, from a file of label ids. Raises DataError for a damaged file, and
-    for other pixels than label ids in one grey channel of 8 bits."""
+    """A file of label ids -> a picture of train ids. Raises DataError for every other file."""
     picture = open_picture(path)
     if picture.mode != "L":  # In mode P, for example, values are places in a palette.
-        raise DataError(f"{path} is no map of label ids, as *_labelIds.png are: its mode is "
-                        f"{picture.mode}, not L")
+        raise DataError(f"{path} is no map of label ids: its mode is {picture.mode}, not L")
     ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
     if not set(ids) <= set(TRAIN_IDS):
         raise DataError(f"{path} is no map of label ids: not all of its values are ids, {ids}")
     return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 
 
-def names_in(folder, ending):
-    """CITY/NAME for every file folder/CITY/NAME + ending, sorted. Hidden files are left out."""
-    files = glob.glob(f"*/*{ending}", root_dir=folder)
-    return sorted(Path(file).as_posix().removesuffix(ending) for file in files)
+def paths_by_name(folder, ending):
+    """CITY/NAME -> path, of every file folder/CITY/NAME + ending. Hidden files are left out."""
+    paths = {}
+    for file in glob.glob(f"*/*{ending}", root_dir=folder):
+        paths[Path(file).as_posix().removesuffix(ending)] = Path(folder, file)
+    return paths
 
 
 class Cityscapes(Dataset):
     """A split of Cityscapes: "train" (2975 images), "val" (500), "test" (1525, whose labels are
-    withheld: all void here), or "train_extra" (19998, coarse labels).
-
-    dataset[i] -> (picture, label), both Pillow's: RGB, and train ids. The files are
-    root/leftImg8bit/split/CITY/NAME_leftImg8bit.png and root/gtFine/split/CITY/
-    NAME_gtFine_labelIds.png (or gtCoarse). Raises DataError for what is wrong with them."""
+    withheld: all void here), or "train_extra" (19998, coarse labels). In the folder `root` the
+    official archives were unpacked. dataset[i] -> (picture, label), both Pillow's: RGB, and train
+    ids. Raises DataError for what is wrong with the files."""
 
     classes = CLASSES
 
     def __init__(self, root, split):
-        self.root, self.split = root, split
-        self.kind = "gtCoarse" if split == "train_extra" else "gtFine"
+        self.split = split
         folder, ending = Path(root, "leftImg8bit", split), "_leftImg8bit.png"
-        self.names = names_in(folder, ending)
+        self.image_paths = paths_by_name(folder, ending)
+        self.names = sorted(self.image_paths)
         if not self.names:
             raise DataError(f"there are no images {folder}/*/*{ending}: --data must be the folder "
                             "in which the official archives were unpacked")
-        labels = names_in(Path(root, self.kind, split), f"_{self.kind}_labelIds.png")
-        single = sorted(set(self.names) ^ set(labels))
+        kind = "gtCoarse" if split == "train_extra" else "gtFine"
+        self.label_paths = paths_by_name(Path(root, kind, split), f"_{kind}_labelIds.png")
+        single = sorted(self.image_paths.keys() ^ self.label_paths.keys())
         if single and split != "test":
             raise DataError(f"{len(single)} names of {split} have an image without a label, or a "
                             f"label without an image; the first is {single[0]}")
@@ -149,34 +143,26 @@ class Cityscapes(Dataset):
     def name(self, i):
         return self.names[i]  # CITY/NAME
 
-    def paths(self, i):
-        """Paths of image i and of its label."""
-        name = self.names[i]
-        return (Path(self.root, "leftImg8bit", self.split, f"{name}_leftImg8bit.png"),
-                Path(self.root, self.kind, self.split, f"{name}_{self.kind}_labelIds.png"))
-
     def __getitem__(self, i):
-        image_path, label_path = self.paths(i)
-        picture = read_image(image_path)
+        name = self.names[i]
+        picture = read_image(self.image_paths[name])
         if self.split == "test":
             return picture, Image.new("L", picture.size, VOID)
-        label = read_label(label_path)
+        label = read_label(self.label_paths[name])
         if label.size != picture.size:
-            raise DataError(f"{image_path} and its label {label_path} have different sizes: "
-                            f"{picture.size} and {label.size}")
+            raise DataError(f"{self.label_paths[name]} and its image have different sizes: "
+                            f"{label.size} and {picture.size}")
         return picture, label
 
 
 # Training samples -------------------------------------------------------------------------------
-
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
 
 
 def to_tensors(pair):
     """(picture, label) of Pillow's -> uint8 tensors: image (3, H, W), RGB, and label (H, W)."""
-    picture, label = pair
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return image, torch.from_numpy(np.array(label))
+    image, label = (torch.from_numpy(np.array(picture)) for picture in pair)
+    return image.permute(2, 0, 1), label
 
 
 class TrainingStream(Dataset):
@@ -186,8 +172,7 @@ class TrainingStream(Dataset):
     stream[k] depends on seed and k, not on what was read before. So neither workers nor processes
     nor a resumed start change a run's data: DataLoader(stream, sampler=range(k, end)). Samples 0 to
     N-1 are a permutation of the N images, N to 2N-1 another. The augmentation follows
-    mmsegmentation 1.2.2 (RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion). Raises
-    DataError for labels with other values than train ids and VOID."""
+    mmsegmentation 1.2.2. Raises DataError for labels with other values than train ids and VOID."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
@@ -209,7 +194,7 @@ class TrainingStream(Dataset):
         box_height = min(height / scale, picture.height)
         box_width = min(width / scale, picture.width)
         # The box fills the crop. A smaller scaled photograph is used whole, and padded below.
-        new_size = (max(1, round(box_width * scale)), max(1, round(box_height * scale)))
+        new_size = (round(box_width * scale), round(box_height * scale))
 
         # No crop should be nearly all road: where one class has 75 % of the labelled pixels, draw
         # another box (mmsegmentation's cat_max_ratio). The eleventh is taken as it is.
@@ -298,19 +283,27 @@ def save_sheet(path, pictures, columns, classes):
     sheet.save(path, "PNG")
 
 
+def at_least(least, kind=int):
+    """A type for argparse: a finite number of this kind that is not below `least`."""
+    def number(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return value
+    return number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/cityscapes",
                         help="where leftImg8bit and gtFine are (%(default)s)")
     parser.add_argument("--check", action="store_true", help="decode all files first")
-    parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"),
-                        help="size of the training samples in pixels (512 1024)")
+    parser.add_argument("--crop", type=at_least(1), nargs=2, default=[512, 1024],
+                        metavar=("H", "W"), help="size of the training samples, pixels (512 1024)")
     parser.add_argument("--sheet", default="samples.png", metavar="FILE",
                         help="where to draw training samples, a PNG (%(default)s)")
     args = parser.parse_args()
-    if min(args.crop) < 1:
-        parser.error("--crop takes positive numbers")
 
     problems = []
     for split in ("train", "val", "test", "train_extra"):

@@ -8,8 +8,8 @@
 
 The checkpoint is one of train.py's or one that mmsegmentation published. All labelled pixels of the
 split, at full resolution, are counted in one confusion matrix, of truth against prediction. From it
-come each class's intersection over union (IoU) and their mean (mIoU). The lesson is the first part,
-up to the end of evaluate(). The words picture, image and label are those of cityscapes.py.
+come each class's intersection over union (IoU) and their mean (mIoU). The options --precision,
+--scales, --flip and --tile are the protocol: how an image is predicted.
 """
 import argparse
 import hashlib
@@ -30,15 +30,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import VOID, DataError, colored, read_image, to_picture, to_tensors
+from cityscapes import VOID, DataError, at_least, colored, read_image, to_picture, to_tensors
 from pspnet import CheckpointError, load_net
-
-# From an image to scores ------------------------------------------------------------------------
 
 
 def autocast(device, precision):
-    """The context in which a network computes in `precision`: "fp32" (on NVIDIA's GPUs TF32 for
-    convolutions, PyTorch's default), "bf16" or "fp16"."""
+    """A context in which the large operations of a network compute in `precision`: "fp32" (on
+    NVIDIA's GPUs TF32 for convolutions, PyTorch's default), "bf16" or "fp16"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -107,7 +105,7 @@ def evaluate(net, dataset, device, predict_image, workers=4, save=None):
     return counts[:num_classes].cpu()
 
 
-# Here the lesson ends. What follows are tables, protocols, files and the command. ----------------
+# Here the lesson ends. What follows are tables, protocols, processes and the command. ------------
 
 
 def scores_of(matrix, classes):
@@ -145,13 +143,12 @@ def format_scores(scores):
     lines = [f"{'class':16}{'IoU %':>8}{'accuracy %':>12}"]
     for row in scores["classes"]:
         lines.append(f"{row['name']:16}{percent(row['iou']):>8}{percent(row['accuracy']):>12}")
-    present = [row for row in scores["classes"] if row["iou"] is not None]
-    lines += ["", f"mIoU {percent(scores['miou'])} % "
-              f"over {len(present)} of {len(scores['classes'])} classes, "
-              f"category mIoU {percent(scores['category_miou'])} %, "
-              f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
-              f"mean accuracy {percent(scores['mean_accuracy'])} %"]
-    return "\n".join(lines)
+    present = sum(row["iou"] is not None for row in scores["classes"])
+    return "\n".join([
+        *lines, f"\nmIoU {percent(scores['miou'])} % over {present} of {len(lines) - 1} classes, "
+        f"category mIoU {percent(scores['category_miou'])} %, "
+        f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
+        f"mean accuracy {percent(scores['mean_accuracy'])} %"])
 
 
 def tile_starts(length, tile):
@@ -161,23 +158,18 @@ def tile_starts(length, tile):
     return [*range(0, length - tile, stride), length - tile]
 
 
-def resize(maps, size):
-    """Maps (C, H, W) -> (C, *size), bilinear."""
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def tiled_probabilities(net, image, tile):
-    """Class probabilities (C, H, W) of an image (3, H, W): the average over overlapping tiles of
-    `tile` pixels, (height, width)."""
-    height, width = image.shape[1:]
+def tiled_probabilities(net, images, tile):
+    """Class probabilities (1, C, H, W) of one image (1, 3, H, W): the average over overlapping
+    tiles of `tile` pixels, (height, width)."""
+    height, width = images.shape[2:]
     tile_height, tile_width = min(tile[0], height), min(tile[1], width)
-    total = torch.zeros(net.arguments["num_classes"], height, width, device=image.device)
-    count = torch.zeros(height, width, device=image.device)  # of the tiles over each pixel
+    total = torch.zeros(1, net.arguments["num_classes"], height, width, device=images.device)
+    count = torch.zeros(height, width, device=images.device)  # of the tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
             window = np.s_[..., top: top + tile_height, left: left + tile_width]  # on H and W
-            logits, _ = net(image[window][None])
-            total[window] += logits[0].softmax(dim=0)
+            logits, _ = net(images[window])
+            total[window] += logits.softmax(dim=1)
             count[window] += 1
     return total / count
 
@@ -188,31 +180,33 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
     these scales, and with flip each mirrored too. With tile = (height, width) the network sees
     tiles of each view. Source: mmsegmentation's test-time augmentation; for tiles the authors'
     hszhao/semseg, tool/test.py, which pads smaller images."""
-    height, width = image.shape[1:]
-    total = torch.zeros(net.arguments["num_classes"], height, width, device=image.device)
+    size = image.shape[1:]
+    total = 0  # of the probabilities of all views, (1, C, H, W)
     for scale in scales:
-        view_size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        view_size = [max(1, round(length * scale)) for length in size]
+        resized = F.interpolate(image[None].float(), view_size, mode="bilinear")
         for mirrored in ([False, True] if flip else [False]):
-            view = resize(image.float(), view_size)
-            if mirrored:
-                view = view.flip(2)
+            view = resized.flip(3) if mirrored else resized
             with autocast(image.device, precision):
                 if tile:
-                    probabilities = resize(tiled_probabilities(net, view, tile), (height, width))
+                    probabilities = tiled_probabilities(net, view, tile)
+                    probabilities = F.interpolate(probabilities, size, mode="bilinear")
                 else:
-                    logits, _ = net(view[None])
-                    probabilities = resize(logits[0], (height, width)).softmax(dim=0)
-            total += probabilities.flip(2) if mirrored else probabilities
-    return argmax_class(total)  # the largest sum is the largest average
+                    logits, _ = net(view)
+                    probabilities = F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
+            total = total + (probabilities.flip(3) if mirrored else probabilities)
+    return argmax_class(total[0])  # the largest sum is the largest average
 
 
-# Processes --------------------------------------------------------------------------------------
+def rank_and_world():
+    """The number of this process, and how many there are: torchrun tells each process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_process():
     """(device, rank, world): the GPU of this process, or the CPU; its number; how many processes
-    there are. torchrun tells them in the environment. Raises DataError where GPUs are too few."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    there are. Raises DataError where there are fewer GPUs than processes."""
+    rank, world = rank_and_world()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -226,27 +220,14 @@ def start_process():
     return device, rank, world
 
 
-def rank_and_world():
-    """The number of this process, and how many processes there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def gather(value):
-    """The values that all processes give, a list in the order of their numbers."""
-    _, world = rank_and_world()
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def compare_processes(**settings):
     """Raises DataError, in every process, unless all have the same settings. On two machines
     options and files may differ, and one result would be made of two."""
-    values = gather(settings)
-    differing = [name for name in settings if any(v[name] != values[0][name] for v in values)]
+    _, world = rank_and_world()
+    everyones = [settings] * world
+    if world > 1:
+        dist.all_gather_object(everyones, settings)
+    differing = [key for key in settings if any(other[key] != settings[key] for other in everyones)]
     if differing:
         raise DataError(f"the processes differ in {', '.join(differing)}: all of them need the "
                         "same options and the same files")
@@ -255,19 +236,6 @@ def compare_processes(**settings):
 def share_of_cores(most):
     """How many workers each process of this machine starts: its share of the cores, 1 to `most`."""
     return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-# python evaluate.py -----------------------------------------------------------------------------
-
-
-def at_least(least, kind=int):
-    """A type for argparse: a finite number of this kind that is not below `least`."""
-    def number(text):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
-        return value
-    return number
 
 
 def parse_args():
@@ -282,7 +250,7 @@ def parse_args():
         help="average over the image at these multiples of its size (1)")
     add("--flip", action="store_true", help="average over the mirrored image too")
     add("--tile", type=at_least(1), nargs=2, metavar=("H", "W"),
-        help="slide over tiles of this many pixels (whole images)")
+        help="average over overlapping tiles of this many pixels (whole images)")
     add("--save-ids", metavar="DIR", help="write label ids, one PNG per image")
     add("--save-color", metavar="DIR", help="write colors, also over the image")
     add("--json", metavar="FILE", help="write the scores of train or val")
@@ -291,14 +259,12 @@ def parse_args():
     add("--workers", type=at_least(0), default=share_of_cores(4),
         help="processes that decode images, for each GPU (its share of the cores, up to 4)")
     args = parser.parse_args()
-    folders = [Path(folder).resolve() for folder in (args.save_ids, args.save_color) if folder]
-    if len(folders) == 2 and (folders[0].is_relative_to(folders[1])
-                              or folders[1].is_relative_to(folders[0])):
-        parser.error("--save-ids and --save-color must be separate folders, as the benchmark takes "
-                     "one PNG per image")
-    if (args.images or args.split == "test") and (args.json or not folders):
+    ids, color = args.save_ids, args.save_color
+    if (args.images or args.split == "test") and (args.json or not (ids or color)):
         parser.error("photographs and the test split have no labels to score with: leave out "
                      "--json, and add --save-color DIR, or --save-ids DIR for the test server")
+    if ids and color and Path(color).resolve().is_relative_to(Path(ids).resolve()):
+        parser.error("--save-color must not be in --save-ids: the server takes one PNG per image")
     return args
 
 
@@ -325,8 +291,7 @@ def photographs(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.is_file())
-            found = [file for file in found if not file.name.startswith(".")]
+            found = sorted(file for file in path.glob("[!.]*") if file.is_file())
         for file in found:
             if file.name in files:
                 raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}"
@@ -337,62 +302,53 @@ def photographs(paths):
     return files
 
 
-def segment_photographs(files, net, device, predict_image, args):
-    """Predict this process's share of the files, and save each under its whole name: photo.jpg and
-    photo.png are two. Raises DataError, at the end and in every process, if some can't be read."""
-    rank, world = rank_and_world()
-    unreadable = 0
-    for name in list(files)[rank::world]:
-        try:
-            picture = read_image(files[name])
-        except DataError as error:
-            print(error, file=sys.stderr)
-            unreadable += 1
-            continue
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        save_prediction(image, predict_image(net, image.to(device)), name, args)
-    unreadable = sum(gather(unreadable))
-    if unreadable:
-        raise DataError(f"{unreadable} files could not be read")
-
-
 def main():
-    device, rank, _ = start_process()
+    device, rank, world = start_process()
     args = parse_args()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
-    with open(args.ckpt, "rb") as file:
-        ckpt = hashlib.file_digest(file, "sha256").hexdigest()
-    classes = Cityscapes.classes
-    names, known = [entry.name for entry in classes], net.class_names
-    if net.arguments["num_classes"] != len(names) or known not in (None, names):
+    names = [entry.name for entry in Cityscapes.classes]
+    if net.arguments["num_classes"] != len(names) or net.class_names not in (None, names):
         raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
-                              f"({known}), the data set has {len(names)} ({names})")
+                              f"({net.class_names}), the data set has {len(names)} ({names})")
     dataset = photographs(args.images) if args.images else Cityscapes(args.data, args.split)
     protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
+    ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
     compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
 
     predict_image = partial(predict, precision=args.precision)
     if args.flip or args.tile or args.scales != [1.0]:
         predict_image = partial(predict_averaged, **protocol)
     if args.images:
-        segment_photographs(dataset, net, device, predict_image, args)
+        unreadable = torch.tensor(0, device=device)
+        for name in list(dataset)[rank::world]:
+            try:
+                picture = read_image(dataset[name])
+            except DataError as error:  # The other photographs are predicted all the same.
+                sys.stderr.write(f"{error}\n")  # in one piece, among other processes' lines
+                unreadable += 1
+                continue
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            save_prediction(image, predict_image(net, image.to(device)), name, args)
+        if world > 1:  # the sum; and all wait here, as torchrun ends all processes when one fails
+            dist.all_reduce(unreadable)
+        if unreadable > 0:
+            raise DataError(f"{unreadable} files could not be read")
         return
 
     def save(i, image, prediction):
         save_prediction(image, prediction, dataset.name(i), args)
 
-    saving = args.save_ids or args.save_color
-    matrix = evaluate(net, dataset, device, predict_image, args.workers, save if saving else None)
+    saver = save if args.save_ids or args.save_color else None
+    matrix = evaluate(net, dataset, device, predict_image, args.workers, saver)
     if rank == 0 and args.split != "test":
-        scores = scores_of(matrix, classes)
+        scores = scores_of(matrix, Cityscapes.classes)
         print(format_scores(scores))
         print(f"{len(dataset)} images of {args.split}, {protocol}")
         if args.json:
             result = {"checkpoint": args.ckpt, "model": net.arguments, "split": args.split,
                       "images": len(dataset), "protocol": protocol, **scores,
                       "confusion_matrix": matrix.tolist()}
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -400,5 +356,5 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, DataError, CheckpointError) as error:
-        # The text of a worker's error has many lines. The sentence is the last.
+        # A worker's error has its traceback before the sentence.
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")

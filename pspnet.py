@@ -10,8 +10,7 @@
 The same shape is a boat on a river and a car on a street: the scene tells. PSPNet is a ResNet that
 keeps an eighth of the image's resolution, and a head that looks at the whole scene. The head
 averages the features over grids of 1x1, 2x2, 3x3 and 6x6 regions, and hands the averages back to
-every position. Names of weights and results are those of mmsegmentation 1.2.2
-(tests/test_pspnet.py). The lesson is the first part. It does not need the second.
+every position. Names of weights and results are those of mmsegmentation 1.2.2.
 """
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from torch import nn
 
 # Mean and standard deviation of ImageNet's photographs: R, G and B, each of 0..255.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
-# The backbone -----------------------------------------------------------------------------------
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -86,7 +82,7 @@ class Bottleneck(nn.Module):
 
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks in each stage, is the stem deep, ImageNet weights
+BACKBONES = {  # block, blocks in each stage, is the stem deep (V1c), ImageNet weights
     "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
     "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
     "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
@@ -112,10 +108,11 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths, self.deep_stem, _ = BACKBONES[name]
         if self.deep_stem:
-            self.stem = nn.Sequential(
-                nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-                nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-                nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+            layers = []
+            for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+                layers.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False))
+                layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+            self.stem = nn.Sequential(*layers)
         else:
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
             self.bn1 = nn.BatchNorm2d(64)
@@ -144,9 +141,6 @@ class ResNet(nn.Module):
         stage3 = self.layer3(x)
         stage4 = self.layer4(stage3)
         return stage3, stage4
-
-
-# The heads --------------------------------------------------------------------------------------
 
 
 class ConvBNReLU(nn.Sequential):
@@ -201,9 +195,6 @@ class AuxiliaryHead(nn.Sequential):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
 
-# The network ------------------------------------------------------------------------------------
-
-
 class PSPNet(nn.Module):
     """The whole network. `backbone` is a name in BACKBONES, `bins` are the levels of PyramidHead.
 
@@ -246,8 +237,8 @@ class PSPNet(nn.Module):
     def normalize(self, images):
         """Values of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN and
         STD are not buffers, because mmsegmentation's files don't hold them.)"""
-        dtype = self.decode_head.conv_seg.weight.dtype
-        channels = [(images[:, c].to(dtype) - MEAN[c]) / STD[c] for c in range(3)]
+        images = images.to(self.decode_head.conv_seg.weight.dtype)
+        channels = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
         return torch.stack(channels, dim=1)
 
 
@@ -260,25 +251,27 @@ def region_matrix(k, length, like):
     ceil((m + 1) length / k), as in nn.AdaptiveAvgPool2d."""
     m = torch.arange(k, device=like.device)[:, None]
     r = torch.arange(length, device=like.device)
-    return ((m * length // k <= r) & (r * k < (m + 1) * length)).to(like.dtype)
+    inside = (m * length // k <= r) & (r * k < (m + 1) * length)
+    return inside.to(like.dtype)
 
 
 def interpolation_matrix(cells, length, like):
-    """R, (length, cells), of linear interpolation along an axis (align_corners=False): value r of
-    the result is the sum over m of R[r, m] times cell m. R[r, m] is 1 minus the distance from r to
-    cell m, or 0. In the dtype and on the device of `like`."""
+    """R, (length, cells), of linear interpolation along an axis (align_corners=False): value r is
+    the sum over m of R[r, m] times cell m. R[r, m] is 1 minus the distance from r to m, or 0."""
     dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot hold 256.5
     r = torch.arange(length, dtype=dtype, device=like.device)[:, None]
-    position = ((r + 0.5) * cells / length - 0.5).clamp(0, cells - 1)  # of r, counted in cells
-    distance = (position - torch.arange(cells, dtype=dtype, device=like.device)).abs()
+    m = torch.arange(cells, dtype=dtype, device=like.device)
+    position = (r + 0.5) * cells / length - 0.5  # of r, counted in cells
+    distance = (position.clamp(0, cells - 1) - m).abs()
     return (1 - distance).clamp(min=0).to(like.dtype)
 
 
 def with_neighbours(matrix):
     """(length, k) -> (length, 3 k): the new row r is [row r - 1, row r, row r + 1]. Rows beyond the
     ends are 0, which is the zero padding of the convolution."""
-    padded = F.pad(matrix, (0, 0, 1, 1))
-    return torch.cat([padded[:-2], padded[1:-1], padded[2:]], dim=1)
+    before = F.pad(matrix, (0, 0, 1, 0))[:-1]
+    after = F.pad(matrix, (0, 0, 0, 1))[1:]
+    return torch.cat([before, matrix, after], dim=1)
 
 
 class FastPyramidHead(PyramidHead):
@@ -296,7 +289,8 @@ class FastPyramidHead(PyramidHead):
     W and p first, on k x k cells, then R, and S last. It is the same sum in another order."""
 
     def forward(self, x):
-        parts = [x.shape[1]] + [x.shape[1] // 4] * len(self.bins)  # channels of x, of each level
+        channels = x.shape[1]
+        parts = [channels] + [channels // 4] * len(self.bins)  # of x, and of each level
         weight_of_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
         y = F.conv2d(x, weight_of_x, padding=1)
         if self.bins:
@@ -353,9 +347,6 @@ class FastPSPNet(PSPNet):
             R = interpolation_matrix(x.shape[2], size[0], x)
             S = interpolation_matrix(x.shape[3], size[1], x)
             return R @ (x @ S.mT)
-
-
-# Weights from files -----------------------------------------------------------------------------
 
 
 class CheckpointError(Exception):
@@ -443,10 +434,12 @@ def load_backbone(net, weights):
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode  # on Windows it warns when it is imported
 
-    net, fast = PSPNet().double().eval(), FastPSPNet().double().eval()
+    net = PSPNet().double().eval()
+    fast = FastPSPNet().double().eval()
     fast.load_state_dict(net.state_dict())
     images = torch.randint(256, (1, 3, 128, 256))
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"{parameters:,} parameters")
     for kind in (PSPNet, FastPSPNet):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without values
             kind().eval()(torch.empty(1, 3, 512, 1024))

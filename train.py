@@ -10,12 +10,11 @@ differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     log.jsonl           a line of JSON every 10 iterations, and for each start and validation
-                        (after a resume some iterations stand twice: the later counts)
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. --resume goes on from last.pt, with the same samples, momentum
 and, with as many processes, dropout. So on a CPU the weights at the end are the same bytes as those
-of a run in one go. The lesson is the first part, up to the end of main().
+of a run in one go. (Some iterations then stand twice in the log. The later line counts.)
 """
 import argparse
 import json
@@ -34,12 +33,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import (VOID, DataError, TrainingStream, colored, save_sheet, to_picture,
+from cityscapes import (VOID, DataError, TrainingStream, at_least, colored, save_sheet, to_picture,
                         to_tensors)
-from evaluate import (at_least, autocast, compare_processes, evaluate, format_scores, predict,
-                      rank_and_world, scores_of, share_of_cores, start_process)
-from pspnet import (BACKBONES, CheckpointError, FastPSPNet, load_backbone, load_net,
-                    read_weights)
+from evaluate import (autocast, compare_processes, evaluate, format_scores, predict, rank_and_world,
+                      scores_of, share_of_cores, start_process)
+from pspnet import BACKBONES, CheckpointError, FastPSPNet, load_backbone, load_net, read_weights
 
 
 def poly_lr(iteration, iters, base_lr=0.01):
@@ -82,8 +80,7 @@ def parse_args(device, world):
     add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints (500)")
     precision = "fp32"
     if device.type == "cuda":  # 8 crops in fp32 would need 20 GB
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # NVIDIA's from Ampere
-        precision = "bf16" if has_bf16 else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     add("--precision", choices=("fp32", "bf16", "fp16"), default=precision,
         help="fp16 and bf16 are autocast (on a GPU bf16, fp16 where that is only emulated)")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -94,8 +91,7 @@ def parse_args(device, world):
     # SyncBatchNorm takes the images of all processes together, on CPUs each has its own.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
-        parser.error(f"--batch-size must be a multiple of {world}, the number of processes, and "
-                     f"{least} or more")
+        parser.error(f"--batch-size must be {least} or more, and a multiple of {world} (processes)")
     return args
 
 
@@ -143,8 +139,7 @@ def main():
               f"{len(val_set)} to validate, iterations {start} to {args.iters}", flush=True)
         write_log(out, "start", start, processes=world, device=str(device), **recipe)
 
-    # The data: iteration i has the samples from i * batch_size on. Of 2 processes, process 0 has
-    # those at even places, process 1 the others.
+    # Iteration i has the samples from i * batch_size on. Of two processes each has every second.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -240,8 +235,7 @@ def save(checkpoint, path):
     """torch.save, whole or not at all: at every moment `path` is the old file or the new one.
     Raises FloatingPointError where weights are not finite: the old file is worth more."""
     if not all(value.isfinite().all() for value in checkpoint["state_dict"].values()):
-        raise FloatingPointError(f"weights are not finite, so {path} was not written: start again "
-                                 "with a lower --lr, and another --out")
+        raise FloatingPointError("weights are not finite, and not saved: try a lower --lr")
     content = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
     torch.save(checkpoint, content)
     temporary = path.with_suffix(".tmp")
@@ -259,16 +253,14 @@ def write_log(out, event, step, **values):
 
 
 def mean_over_processes(loss):
-    """The mean of the losses of all processes, a number. Raises FloatingPointError where it is not
-    finite, and says where it is 0."""
+    """The mean loss of all processes, a number. Raises FloatingPointError if it is not finite."""
     _, world = rank_and_world()
     loss = loss.detach()
     if world > 1:
         dist.all_reduce(loss)
     mean_loss = loss.item() / world
     if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr, and "
-                                 "another --out")
+        raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr")
     if mean_loss == 0:
         tqdm.write("the loss is 0: no pixel of these samples is labelled", file=sys.stderr)
     return mean_loss
@@ -278,10 +270,9 @@ def validate(net, val_set, device, args, picture_path):
     """Score `net`. Every process must call this. Process 0 prints the table, and draws photograph,
     truth and prediction of six images from all over the split."""
     rank, world = rank_and_world()
-    if world > 1:
-        # On CPUs, without SyncBatchNorm, processes differ in batch norm's running statistics.
+    if world > 1:  # Without SyncBatchNorm processes differ in batch norm's running statistics.
         for buffer in net.buffers():
-            dist.broadcast(buffer, 0)  # those of process 0 count
+            dist.broadcast(buffer, 0)  # Those of process 0 count.
     predict_image = partial(predict, precision=args.precision)
     matrix = evaluate(net, val_set, device, predict_image, args.workers)
     scores = scores_of(matrix, val_set.classes)
@@ -305,5 +296,5 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, DataError, CheckpointError, FloatingPointError) as error:
-        # The text of a worker's error has many lines. The sentence is the last.
+        # A worker's error has its traceback before the sentence.
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

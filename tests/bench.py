@@ -1,4 +1,4 @@
-"""Speed, memory and repeatability, on a GPU or a CPU; pytest does not collect this.
+"""Speed and memory, on a GPU or a CPU; pytest does not collect this.
 
     python tests/bench.py train              # a training step: ms, images/s, memory on CUDA
     python tests/bench.py eval               # the prediction of an image of twice the crop
@@ -23,19 +23,16 @@ from statistics import median
 from unittest.mock import MagicMock
 
 import torch
-from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pspnet  # noqa: E402
 from cityscapes import Cityscapes, TrainingStream  # noqa: E402
 from evaluate import autocast, predict  # noqa: E402
 from train import segmentation_loss  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MMSEGMENTATION = importlib.util.find_spec("mmseg") is not None
 
 
 def emit(**values):
@@ -44,15 +41,15 @@ def emit(**values):
 
 def our_work(args, training, precision, variant, images, labels):
     """A function that does one step of train.py, or one prediction of evaluate.py."""
-    layout = torch.contiguous_format if variant == "default layout" else torch.channels_last
     kind = pspnet.PSPNet if variant == "PSPNet" else pspnet.FastPSPNet
-    net = kind(backbone=args.backbone).to(DEVICE, memory_format=layout).train(training)
+    net = kind(backbone=args.backbone).train(training)
+    net.to(DEVICE, memory_format=torch.channels_last)
+    model = torch.compile(net) if variant == "compiled" else net
     if not training:
-        return partial(predict, net, images[0], precision)
+        return partial(predict, model, images[0], precision)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    model = torch.compile(net) if variant == "compiled" else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
     def step():
@@ -65,42 +62,22 @@ def our_work(args, training, precision, variant, images, labels):
     return step
 
 
-class TheirNet(torch.nn.Module):
-    """mmsegmentation's PSPNet, to be called as ours is; its SyncBN is plain in one process."""
-    def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
-        super().__init__()
-        self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
-        sys.modules.setdefault("mmcv._ext", MagicMock())  # compiled code, which it never calls
-        import mmseg.utils
-        from mmengine.config import Config
-        logging.disable(logging.INFO)
-        mmseg.utils.register_all_modules()
-        variant = f"{backbone.removeprefix('resnet')}b".replace("_v1cb", "")  # say, 50 or 50b
-        name = f"pspnet_r{variant}-d8_4xb2-*k_cityscapes-512x1024.py"
-        files = Path(mmseg.__file__).parent.glob(f".mim/configs/pspnet/{name}")
-        self.config = Config.fromfile(min(files))  # 40k before 80k, which differ in that alone
-        model = self.config.model
-        model.pretrained = model.backbone.init_cfg = None  # no ImageNet weights
-        model.decode_head.pool_scales = bins
-        model.decode_head.num_classes = model.auxiliary_head.num_classes = num_classes
-        self.net = mmseg.registry.MODELS.build(model)
-        self.net.init_weights()
-
-    def forward(self, images):
-        preprocessor, size = self.net.data_preprocessor, images.shape[2:]
-        features = self.net.extract_feat((images - preprocessor.mean) / preprocessor.std)
-        heads = [self.net.decode_head] + [self.net.auxiliary_head] * self.training
-        scores = [interpolate(head(features), size, mode="bilinear").float() for head in heads]
-        return (*scores, None)[:2]
-
-
 def their_work(args, training, precision, variant, images, labels):
     """A function that does one step of mmengine's training loop, or of its test loop."""
-    whole = TheirNet(backbone=args.backbone)
+    sys.modules.setdefault("mmcv._ext", MagicMock())  # compiled code, which it never calls
     import mmengine
-    import mmseg
+    import mmseg.utils
+    logging.disable(logging.INFO)
+    mmseg.utils.register_all_modules()
+    variant = f"{args.backbone.removeprefix('resnet')}b".replace("_v1cb", "")  # say, 50 or 50b
+    name = f"pspnet_r{variant}-d8_4xb2-*k_cityscapes-512x1024.py"
+    files = Path(mmseg.__file__).parent.glob(f".mim/configs/pspnet/{name}")
+    config = mmengine.Config.fromfile(min(files))  # 40k before 80k, which differ in that alone
+    config.model.pretrained = config.model.backbone.init_cfg = None  # no ImageNet weights
+    net = mmseg.registry.MODELS.build(config.model)
+    net.init_weights()
+    net.to(DEVICE).train(training)
     torch.backends.cudnn.benchmark = True  # as in its default_runtime.py
-    net, optimizer = whole.net.to(DEVICE).train(training), whole.config.optim_wrapper
     net.data_preprocessor.size = size = images.shape[2:]
     sizes = {"img_shape": size, "ori_shape": size, "pad_shape": size, "padding_size": [0] * 4}
     fields = [mmengine.structures.PixelData(data=label[None]) for label in labels]
@@ -108,8 +85,9 @@ def their_work(args, training, precision, variant, images, labels):
     batch = {"inputs": list(images), "data_samples": samples}
     if not training:
         return partial(torch.no_grad()(autocast(DEVICE, precision)(net.test_step)), batch)
-    optimizer |= {"type": "AmpOptimWrapper", "dtype": "bfloat16"} if precision == "bf16" else {}
-    return partial(net.train_step, batch, mmengine.optim.build_optim_wrapper(net, optimizer))
+    amp = {"type": "AmpOptimWrapper", "dtype": "bfloat16"} if precision == "bf16" else {}
+    optimizer = mmengine.optim.build_optim_wrapper(net, {**config.optim_wrapper, **amp})
+    return partial(net.train_step, batch, optimizer)
 
 
 def timed(args, training, precision, variant):
@@ -134,10 +112,8 @@ def timed(args, training, precision, variant):
 def bench_net(args, training):
     """Time the settings in turn, --rounds times, each in a process of its own, so that none leaves
     the next its memory or compiled code. Last the medians, also of ratios within a round."""
-    references = ["PSPNet"] + ["mmsegmentation"] * MMSEGMENTATION
-    variants = ["FastPSPNet", "default layout", *references]
-    if args.compile and training:
-        variants.append("compiled")
+    references = ["PSPNet"] + ["mmsegmentation"] * bool(importlib.util.find_spec("mmseg"))
+    variants = ["FastPSPNet", *references] + ["compiled"] * args.compile
     precisions = ["fp32"] if DEVICE.type == "cpu" else ["fp32", "bf16"]
     times = {setting: [] for setting in product(precisions, variants)}
     for setting in list(times) * args.rounds:
@@ -167,21 +143,17 @@ def bench_loader(args):
         ratio = median(values) / median(times["decoding alone"])
         emit(on_one_core=name, median_ms=median(values), to_decoding=ratio)
     for workers in sorted({1, 2, os.cpu_count()}):
-        order = range(10 * workers * args.batch_size)
-        loader = DataLoader(stream, args.batch_size, sampler=order, num_workers=workers,
-                            persistent_workers=True)
-        for _ in range(2):  # the first time the workers have to start
-            start = time.perf_counter()
-            rate = sum(len(image) for image, _ in loader) / (time.perf_counter() - start)
-        emit(workers=workers, images_per_s=rate)
+        order = range((10 * workers + 1) * args.batch_size)
+        batches = iter(DataLoader(stream, args.batch_size, sampler=order, num_workers=workers))
+        next(batches)  # The workers have started.
+        start = time.perf_counter()
+        images = sum(len(image) for image, _ in batches)
+        emit(workers=workers, images_per_s=images / (time.perf_counter() - start))
 
 
 class Traffic(TorchDispatchMode):
     """Counts the operations whose outputs have a million values or more, and the bytes of those."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = self.bytes = 0
+    operations = bytes = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -222,7 +194,7 @@ if __name__ == "__main__":
     add("--batch-size", type=int, default=8)
     add("--rounds", type=int, default=3, help="of train and eval (3)")
     add("--calls", type=int, default=10, help="steps or predictions timed in a round (10)")
-    add("--compile", action="store_true", help="train with torch.compile as well")
+    add("--compile", action="store_true", help="with torch.compile as well")
     args = parser.parse_args()
     for command in args.commands:
         emit(command=command, torch=torch.__version__, cores=os.cpu_count(),

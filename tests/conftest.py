@@ -1,41 +1,34 @@
-"""What the tests share: the scripts on the path, mmsegmentation's numbers, and running a script as
-a user does, in a process of its own or, faster, in this one."""
+"""What the tests share: MMSEG, what mmsegmentation 1.2.2 (with mmengine 0.10.7 and torch 2.13 or
+2.14, on a CPU) computes from what fill.py makes; and running a script as a user does, in processes
+of its own or, faster, in this one."""
 import os
 import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_cityscapes import draw_cityscapes
 
-TESTS = Path(__file__).resolve().parent
-SCRIPTS = TESTS.parent
+TESTS, SCRIPTS, *_ = Path(__file__).resolve().parents
+MMSEG = torch.load(TESTS / "mmseg.pt", weights_only=True)
 sys.path.insert(0, str(SCRIPTS))
 
-# On the CPU, in one thread each: the number of threads changes the order of sums, and tests compare
-# what several processes compute to the byte. (Besides, small networks are slower in more.)
+# On the CPU, in one thread: tests compare bytes, and more threads add in another order.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_gpu.py
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for the scripts' processes
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
 
-# What mmsegmentation 1.2.2 computed (with mmengine 0.10.7 and torch 2.13 or 2.14, on a CPU) on
-# weights, inputs and labels that fill.py makes from seeds. models: logits, losses, gradients;
-# sgd20: 20 steps of training; lr; preprocess; init; metric.
-MMSEG = torch.load(TESTS / "mmseg.pt", weights_only=True)
-
 
 def words_of(command, processes=1, restarts=0):
-    """What subprocess takes, for a script and its arguments as a user types them; under torchrun
-    where processes > 1."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} "
-    torchrun = (torchrun + f"--max-restarts={restarts}").split() if processes > 1 else []
+    """What subprocess takes for a script and its arguments; under torchrun where processes > 1."""
+    options = f"--standalone --nproc_per_node={processes} --max-restarts={restarts}"
+    torchrun = f"-m torch.distributed.run {options}".split() if processes > 1 else []
     script, *arguments = command.split()
-    return [sys.executable, *torchrun, str(SCRIPTS / script), *arguments]
+    return [sys.executable, *torchrun, f"{SCRIPTS / script}", *arguments]
 
 
 def run_script(command, processes=1):
@@ -44,20 +37,17 @@ def run_script(command, processes=1):
 
 
 def run_differently(command, options, folder):
-    """Run a script in two processes under torchrun, each with more options of its own: options[0]
-    for process 0, options[1] for process 1."""
-    shell = folder / "one_process.sh"
-    shell.write_text(f"[ $RANK = 0 ] && more='{options[0]}' || more='{options[1]}'\n"
-                     f"exec {sys.executable} {SCRIPTS}/{command} $more\n")
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python sh"
-    return subprocess.run([sys.executable, *torchrun.split(), str(shell)], capture_output=True,
-                          text=True, timeout=600)
+    """run_script in two processes, where process i gets options[i] as well."""
+    words = [words_of(f"{command} {more}") for more in options]
+    program = folder / "one_process.py"
+    program.write_text(f"import os\nwords = {words}[int(os.environ['RANK'])]\n"
+                       "os.execv(words[0], words)\n")
+    return run_script(f"{program}", processes=2)
 
 
 @pytest.fixture(scope="session")
 def beside():
-    """beside(function, *arguments) calls the function in a thread and returns a future: scripts run
-    on a second core while tests go on here."""
+    """beside(function, *arguments) returns a future of a call that runs while tests go on here."""
     pool = ThreadPoolExecutor(2)
     yield pool.submit
     pool.shutdown(cancel_futures=True)
@@ -73,39 +63,29 @@ def all_cores():
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """run_here(command) runs a script from its first line to its last in this process (starting
-    Python and torch takes seconds), which must end with one of `codes`; returns its stdout and
-    stderr."""
+    """run_here(command) is run_script in this process; the exit code must be one of `codes`."""
     def run(command, codes=(0,)):
-        script, *arguments = command.split()
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "argv", words_of(command)[1:])
         capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit(0)
+        code, (out, err) = end.value.code, capsys.readouterr()
         if isinstance(code, str):  # Python prints it and exits with 1
-            code, err = 1, err + code + "\n"
+            code, err = 1, f"{err}{code}\n"
         assert code in codes, err
-        return SimpleNamespace(stdout=out, stderr=err)
-
+        return subprocess.CompletedProcess(command, code, out, err)
     return run
 
 
 @pytest.fixture
 def mistake(run_here):
-    """mistake(command, *words): the script must end with exit code 1 or 2 and, as the last line on
-    stderr, one sentence after its name that holds the words; without a traceback."""
+    """mistake(command, *words): it must end with code 1 or 2, and one sentence with the words."""
     def check(command, *words):
-        process = run_here(command, codes=(1, 2))
-        assert "Traceback" not in process.stderr, process.stderr
-        sentence = process.stderr.splitlines()[-1]
-        assert sentence.startswith(f"{command.split()[0]}: "), process.stderr
+        sentence = run_here(command, codes=(1, 2)).stderr.splitlines()[-1]
+        assert sentence.startswith(f"{command.split()[0]}: "), sentence
         for word in words:
             assert word in sentence, sentence
-
     return check
 
 

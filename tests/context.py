@@ -9,8 +9,7 @@ asking which, and nothing within 172 pixels of them tells. No further can ResNet
 convolution after it see: without a pyramid the network has to guess.
 
 Cityscapes has no rivers and boats: they are labelled "terrain" and "bicycle", and fog "sky".
-Writes runs/context/data (the scenes), a folder for each training and context.png, rows of
-photograph | truth | prediction without a pyramid | with bins 1 | with bins 1, 2, 3, 6.
+Writes runs/context/data (the scenes), a folder for each training and context.png.
 """
 import argparse
 import json
@@ -19,18 +18,16 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from pictures import TOP, cells_of, save_cells  # and the scripts are on the path
 from toy_cityscapes import (CAR, ROAD, SKY, VEGETATION, Canvas, draw_cityscapes, draw_house,
                             draw_tree)
 
-TOP = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TOP))
-from cityscapes import Cityscapes, colored, save_sheet, to_tensors  # noqa: E402
-from evaluate import predict  # noqa: E402
-from pspnet import load_net  # noqa: E402
+from cityscapes import Cityscapes
+from pspnet import load_net
 
 WATER, BOAT = 22, 33  # the label ids of terrain and bicycle
 SIZE = 48, 312  # pixels; in the units of Canvas 128 and 832
-PYRAMIDS = (), (1,), (1, 2, 3, 6)
+PYRAMIDS = {"no pyramid": (), "one average": (1,), "pyramid 1 2 3 6": (1, 2, 3, 6)}
 RECIPE = ("--backbone resnet18 --weights none --crop 48 352 --batch-size 6 --lr 0.05 "
           "--val-every 1000000")
 
@@ -70,20 +67,16 @@ def draw_context(random, height, width):
     return canvas.finish()
 
 
-def folder_of(out, bins, seed):
-    """Where the results of a training are."""
-    return out / f"bins_{'_'.join(map(str, bins)) or 'none'}_seed_{seed}"
-
-
 def train(out, bins, seed, iters):
-    """Train with this pyramid, or finish what was begun; returns the validation, a dictionary."""
-    folder = folder_of(out, bins, seed)
+    """Train with this pyramid, or finish what was begun; returns the folder of the results, and the
+    last validation, a dictionary."""
+    folder = out / f"bins_{'_'.join(map(str, bins)) or 'none'}_seed_{seed}"
     command = [sys.executable, "train.py", "--data", out / "data", "--out", folder,
                *RECIPE.split(), "--iters", str(iters), "--seed", str(seed),
                "--bins", *map(str, bins)]
     subprocess.run([*command, "--resume"], cwd=TOP, check=True)
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [event for event in events if event["event"] == "validation"][-1]
+    return folder, [event for event in events if event["event"] == "validation"][-1]
 
 
 def summary(scores):
@@ -101,31 +94,28 @@ def main():
     out = args.out.resolve()
 
     draw_cityscapes(out / "data", {"train": 128, "val": 32}, SIZE, draw_scene=draw_context)
-    results = {bins: [] for bins in PYRAMIDS}
-    for seed in range(args.seeds):
-        for bins in PYRAMIDS:
-            results[bins].append(train(out, bins, seed, args.iters))
+    validations, nets = {title: [] for title in PYRAMIDS}, {}
+    for seed in reversed(range(args.seeds)):  # the last, seed 0, is drawn
+        for title, bins in PYRAMIDS.items():
+            folder, validation = train(out, bins, seed, args.iters)
+            validations[title].append(validation)
+            nets[title] = load_net(folder / "best.pt")
 
     print(f"\nIoU in %, mean (least to most) of {args.seeds} seeds")
-    print(f"{'bins':10}{'car':>22}{'boat':>22}{'mIoU':>22}")
-    for bins, validations in results.items():
-        car, boat = ([row["iou"] for validation in validations for row in validation["classes"]
+    print(f"{'':16}{'car':>22}{'boat':>22}{'mIoU':>22}")
+    for title, results in validations.items():
+        car, boat = ([row["iou"] for result in results for row in result["classes"]
                       if row["name"] == name] for name in ("car", "bicycle"))
-        miou = [validation["miou"] for validation in validations]
-        print(f"{' '.join(map(str, bins)) or 'none':10}"
-              f"{summary(car):>22}{summary(boat):>22}{summary(miou):>22}")
+        miou = summary([result["miou"] for result in results])
+        print(f"{title:16}{summary(car):>22}{summary(boat):>22}{miou:>22}")
 
-    nets = [load_net(folder_of(out, bins, seed=0) / "best.pt") for bins in PYRAMIDS]
-    scenes, pictures = Cityscapes(out / "data", "val"), []
-    for picture, label in (scenes[i] for i in range(6)):
-        image, _ = to_tensors((picture, label))
-        predictions = [predict(net, image) for net in nets]
-        pictures += [picture,
-                     *(colored(ids, scenes.classes) for ids in (label, *predictions))]
-    names = {"terrain": "river", "bicycle": "boat"}
-    legend = [entry._replace(name=names.get(entry.name, entry.name)) for entry in scenes.classes]
-    save_sheet(out / "context.png", pictures, 5, legend)
-    print(f"the picture is {out / 'context.png'}")
+    streets, rivers = [], []
+    for picture, label in Cityscapes(out / "data", "val"):
+        has_cars = label.histogram()[13] > 0  # 13 is the train id of cars
+        (streets if has_cars else rivers).append((picture, label))
+    columns = [cells_of("a street at the left, so these are cars (blue)", streets[0], nets),
+               cells_of("a river at the left, so these are boats (red)", rivers[0], nets)]
+    save_cells(out / "context.png", zip(*columns, strict=True), 1.5)
 
 
 if __name__ == "__main__":

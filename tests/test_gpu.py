@@ -5,21 +5,22 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from toy_cityscapes import draw_cityscapes
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+SCRIPTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(SCRIPTS))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # in a process of its own
-TRAIN = str(TESTS.parent / "train.py")
 SMALL = ("--backbone resnet18 --weights none --crop 64 128 --batch-size 4 --workers 2 --iters 6 "
-         "--val-every 6 --save-every 2 --precision fp32").split()
+         "--val-every 6 --save-every 1 --precision fp32 --resume").split()
 
 
-def steps(device, precision, count=3):
-    """The losses of some training steps, and all weights after them in one tensor."""
+def steps(device, precision):
+    """The losses of three training steps, and the weights after them."""
     from evaluate import autocast
     from pspnet import FastPSPNet
     from train import segmentation_loss
@@ -32,7 +33,7 @@ def steps(device, precision, count=3):
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     losses = []
-    for _ in range(count):
+    for _ in range(3):
         with autocast(device, precision):
             logits, aux_logits = net(images)
             loss = segmentation_loss(logits, labels) + 0.4 * segmentation_loss(aux_logits, labels)
@@ -41,25 +42,14 @@ def steps(device, precision, count=3):
         scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, torch.cat([p.detach().flatten().cpu() for p in net.parameters()])
+    return losses, list(net.parameters())
 
 
-def train(out, *options, processes=1, program=(TRAIN,)):
-    """Run train.py on toy scenes; returns the losses and the bytes of the weights."""
-    from toy_cityscapes import draw_cityscapes
-    data = out.parent / "data"
-    if not data.exists():
-        draw_cityscapes(data, {"train": 8, "val": 4}, (64, 128))
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
-    command = [sys.executable, *(torchrun if processes > 1 else []), *program,
-               "--data", str(data), "--out", str(out), *SMALL, *options]
-    subprocess.run(command, check=True)
-    state = torch.load(out / "last.pt", weights_only=True, map_location="cpu")["state_dict"]
-    losses = {}
-    for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
-        if line["event"] == "train":
-            losses[line["step"]] = line["loss"]
-    return losses, [value.numpy().tobytes() for value in state.values()]
+def start(folder, *torchrun):
+    """Start train.py on toy scenes, with results in `folder`, or go on; returns the process."""
+    data = draw_cityscapes(folder.parent / "data", {"train": 8, "val": 4}, (64, 128))
+    return subprocess.Popen([sys.executable, *torchrun, SCRIPTS / "train.py", "--data", data,
+                             "--out", folder, *SMALL])
 
 
 def check_steps_equal_the_cpus(_):
@@ -70,63 +60,59 @@ def check_steps_equal_the_cpus(_):
 
 
 def check_the_same_bytes_twice(_):
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which cuBLAS needs for that
     torch.use_deterministic_algorithms(True)  # an error where an operation is not
     for precision in ("fp32", "bf16", "fp16"):
         (first, weights), (second, again) = (steps(DEVICE, precision) for _ in range(2))
-        assert first == second and torch.equal(weights, again), precision
-
-
-DIE = """
-import os, runpy, sys
-def die(source, target, replace=os.replace):
-    replace(source, target)
-    os._exit(9)
-os.replace = die
-runpy.run_path(sys.argv[0], run_name="__main__")"""
+        assert first == second and all(map(torch.equal, weights, again)), precision
 
 
 def check_a_resumed_run_has_the_same_bytes(folder):
-    """The run dies when it has saved for the first time."""
-    _, weights = train(folder / "one")
-    with pytest.raises(subprocess.CalledProcessError):
-        train(folder / "killed", program=["-c", f"import sys; sys.argv[0] = {TRAIN!r}\n{DIE}"])
-    assert torch.load(folder / "killed/last.pt", weights_only=True)["step"] == 2
-    _, resumed = train(folder / "killed", "--resume")
-    assert resumed == weights
+    one, killed, last = start(folder / "one"), start(folder / "killed"), folder / "killed/last.pt"
+    while not last.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() != 0 and torch.load(last, weights_only=True)["step"] < 6
+    assert one.wait() == start(folder / "killed").wait() == 0
+    weights, resumed = (torch.load(path, weights_only=True)["state_dict"].values()
+                        for path in (folder / "one/last.pt", last))
+    assert all(map(torch.equal, weights, resumed))
 
 
 def check_two_gpus_give_the_losses_of_one(folder):
     """Nearly: each GPU drops other channels."""
-    one, _ = train(folder / "one", "--save-every", "1")
-    two, _ = train(folder / "two", "--save-every", "1", processes=2)
-    assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-2)
+    losses = []
+    for gpus in "12":
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={gpus}".split()
+        assert start(folder / gpus, *torchrun).wait() == 0
+        events = map(json.loads, (folder / gpus / "log.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if event["event"] == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
 
 
-def run_check(name):
+def run(*words):
+    """Run Python with the GPUs that conftest.py has hidden, of which two are enough."""
     from conftest import GPUS
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    env |= {"CUDA_VISIBLE_DEVICES": GPUS} if GPUS is not None else {}
-    return subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1" if GPUS is None else GPUS}
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def gpus():
     """How many GPUs there are."""
-    return int(run_check("count").stdout or 0) if torch.backends.cuda.is_built() else 0
+    count = "import torch\nprint(torch.cuda.device_count())"
+    return int(run("-c", count).stdout) if torch.backends.cuda.is_built() else 0
 
 
 @pytest.mark.parametrize("name", [name for name in globals() if name.startswith("check_")])
 def test_on_a_gpu(name, gpus):
     if gpus < (2 if "two_gpus" in name else 1):
         pytest.skip("needs GPUs")
-    process = run_check(name)
+    process = run(__file__, name)
     assert process.returncode == 0, process.stderr
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "count":
-        print(torch.cuda.device_count())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            globals()[sys.argv[1]](Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        globals()[sys.argv[1]](Path(folder))

@@ -1,8 +1,7 @@
 """The network against mmsegmentation 1.2.2's numbers (mmseg.pt), and FastPSPNet against PSPNet."""
-import re
 import subprocess
 import sys
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
@@ -11,22 +10,20 @@ import torchvision
 from conftest import MMSEG, SCRIPTS
 from fill import fill_state_dict, make_input, make_label
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
-import pspnet
 from pspnet import (BACKBONES, CheckpointError, FastPSPNet, FastPyramidHead, PSPNet, PyramidHead,
                     load_backbone, load_net)
 
-VARIANTS = {"r18-d8": "resnet18_v1c", "r50-d8": "resnet50_v1c", "r101-d8": "resnet101_v1c",
-            "r18b-d8": "resnet18", "r50b-d8": "resnet50", "r101b-d8": "resnet101"}
+RECORDED = {"resnet18_v1c": "r18-d8", "resnet50_v1c": "r50-d8", "resnet101_v1c": "r101-d8",
+            "resnet18": "r18b-d8", "resnet50": "r50b-d8", "resnet101": "r101b-d8"}
 
 
-def filled_net(variant, kind=PSPNet):
-    """A network with the weights that mmsegmentation computed the recorded numbers with."""
-    net = kind(backbone=VARIANTS[variant])
-    net.load_state_dict(fill_state_dict(net.state_dict()))
-    return net
+def filled_net(backbone, kind=PSPNet, bins=(1, 2, 3, 6)):
+    """In float64, with the weights that mmsegmentation computed the recorded numbers with."""
+    net = kind(19, backbone, bins)
+    fill_state_dict(net.state_dict())
+    return net.double()
 
 
 def relative_error(actual, expected):
@@ -34,253 +31,146 @@ def relative_error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-# mmsegmentation -----------------------------------------------------------------------------------
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("backbone", RECORDED)
+def test_names_shapes_preprocessing_and_logits_of_all_six_variants_equal_mmsegmentations(backbone):
+    net = filled_net(backbone, FastPSPNet).eval()
+    recorded, images = MMSEG["models"][RECORDED[backbone]], MMSEG["preprocess"]
+    assert {k: v.shape for k, v in net.state_dict().items()} == dict(recorded["keys"])
+    rgb = images["bgr"].flip(2).permute(2, 0, 1)[None]  # there blue is first, and channels are last
+    assert relative_error(net.normalize(rgb), images["out"]) < 1e-6
+    expected = recorded["eval64"][1, 3, 65, 129]
+    with torch.no_grad():
+        stage3, stage4 = net.backbone(make_input((1, 3, 65, 129)).double())
+        for kind in (PyramidHead, FastPyramidHead):
+            assert relative_error(kind.forward(net.decode_head, stage4), expected["head"]) < 1e-9
+        assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
 
 
 @pytest.mark.usefixtures("all_cores")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_names_shapes_and_logits_of_all_six_variants_equal_mmsegmentations(variant):
-    net, recorded = filled_net(variant), MMSEG["models"][variant]
-    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
-        k: tuple(s) for k, s in recorded["keys"]}
-    net.double().eval()
-    fast = FastPSPNet(backbone=VARIANTS[variant]).double().eval()
-    fast.load_state_dict(net.state_dict())
-    for shape, expected in recorded["eval64"].items():
-        with torch.no_grad():
-            stage3, stage4 = net.backbone(make_input(shape).double())
-            for head in (net.decode_head, fast.decode_head):
-                assert relative_error(head(stage4), expected["head"]) < 1e-9
-            assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
-
-
-@pytest.mark.usefixtures("all_cores")
-@pytest.mark.parametrize(("variant", "kind", "memory_format"), [
-    ("r50-d8", FastPSPNet, torch.contiguous_format), ("r18b-d8", PSPNet, torch.contiguous_format),
-    ("r18b-d8", FastPSPNet, torch.channels_last)])
-def test_training_losses_gradients_and_batch_norm_statistics_equal_mmsegmentations(
-        variant, kind, memory_format):
-    expected = MMSEG["models"][variant]["train64"]
-    net = filled_net(variant, kind).double().train().to(memory_format=memory_format)
+@pytest.mark.parametrize(("backbone", "kind", "layout"), [
+    ("resnet50_v1c", FastPSPNet, torch.contiguous_format),
+    ("resnet18", PSPNet, torch.contiguous_format), ("resnet18", FastPSPNet, torch.channels_last)])
+def test_training_losses_gradients_and_statistics_equal_mmsegmentations(backbone, kind, layout):
+    expected = MMSEG["models"][RECORDED[backbone]]["train64"]
+    net = filled_net(backbone, kind).train().to(memory_format=layout)
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
     net.normalize = lambda images: images  # the recorded input is normalised already
-    logits, aux_logits = net(make_input((2, 3, 64, 128)).double())
     label = make_label(2, 64, 128)
-    loss = F.cross_entropy(logits, label, ignore_index=255, reduction="none").mean()
-    aux_loss = 0.4 * F.cross_entropy(aux_logits, label, ignore_index=255, reduction="none").mean()
-    (loss + aux_loss).backward()
-    assert abs(loss / expected["losses"]["decode.loss_ce"] - 1) < 1e-9
-    assert abs(aux_loss / expected["losses"]["aux.loss_ce"] - 1) < 1e-9
-    gradients = {name: p.grad for name, p in net.named_parameters()}
-    assert set(gradients) == set(expected["grad_norm_all"])
-    largest = max(expected["grad_norm_all"].values())
-    for name, norm in expected["grad_norm_all"].items():
-        assert abs(gradients[name].norm().item() - norm) < 1e-9 * largest, name
-    for name, gradient in expected["grads"].items():
-        difference = (gradients[name].flatten()[:64] - gradient["first64"]).abs().max()
-        assert difference < 1e-9 * gradient["norm"], name
-    state = net.state_dict()
+    loss, aux_loss = (F.cross_entropy(logits, label, ignore_index=255, reduction="none").mean()
+                      for logits in net(make_input((2, 3, 64, 128)).double()))
+    (loss + 0.4 * aux_loss).backward()
+    assert relative_error(loss, expected["losses"]["decode.loss_ce"]) < 1e-9
+    assert relative_error(0.4 * aux_loss, expected["losses"]["aux.loss_ce"]) < 1e-9
+    norms = expected["grad_norm_all"]
+    for name, p in net.named_parameters():
+        assert abs(p.grad.norm() - norms[name]) < 1e-9 * max(norms.values()), name
     for name, statistic in expected["running_after"].items():
-        assert relative_error(state[name], statistic) < 1e-9, name
+        assert relative_error(net.get_buffer(name), statistic) < 1e-9, name
 
 
 def test_initialisation_has_mmsegmentations_statistics():
     torch.manual_seed(0)
     state = PSPNet().state_dict()
     for name, expected in MMSEG["init"]["r50-d8"].items():
-        value = state[name].double()
-        if expected["std"] == 0 or value.numel() == 1:
-            assert (value == expected["mean"]).all(), name
-        else:  # both are samples of n: their spread differs by a factor of about 1 +- 1 / sqrt(n)
-            n = value.numel()
-            assert abs(value.std().item() / expected["std"] - 1) < 6 / n**0.5, name
-            error = abs(value.mean().item() - expected["mean"])
-            assert error < 6 * expected["std"] * (2 / n) ** 0.5, name
-
-
-def test_preprocessing_equals_mmsegmentations():
-    recorded = MMSEG["preprocess"]
-    image = recorded["bgr"].flip(2).permute(2, 0, 1)[None]  # blue first, channels last -> RGB
-    assert relative_error(PSPNet(backbone="resnet18").normalize(image), recorded["out"]) < 1e-6
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
-def test_imagenet_weights_are_torchvisions_v1_and_fit_the_backbone(name):
-    assert BACKBONES[name][-1] == torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    with torch.device("meta"):
-        ours, theirs = pspnet.ResNet(name), torchvision.models.get_model(name)
-    del theirs.fc
-    assert pspnet.shapes(ours.state_dict()) == pspnet.shapes(theirs.state_dict())
-
-
-# The lesson, and the fast network --------------------------------------------------------------
+        value = state[name].double()  # where the standard deviation is 0, exactly the mean
+        tolerance = 6 * expected["std"] / value.numel() ** 0.5  # both are samples
+        assert abs(value.mean() - expected["mean"]) <= tolerance, name
+        assert abs(value.std(correction=0) - expected["std"]) <= tolerance, name
 
 
 STEP_OF_THE_LESSONS = """
-import pickle, sys, torch
+import sys, torch
 from pspnet import PSPNet
 from cityscapes import Cityscapes, TrainingStream
 stream = TrainingStream(Cityscapes(sys.argv[1], "train"), (40, 64), seed=0)
-images, labels = (torch.stack(tensors) for tensors in zip(*[stream[k] for k in range(4)]))
-torch.manual_seed(0)
-net = PSPNet(19, "resnet18").train()
-optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-losses = []
-for _ in range(4):
-    loss = sum(torch.nn.functional.cross_entropy(logits, labels.long(), ignore_index=255)
-               for logits in net(images))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
-print(losses)
-assert losses[-1] < losses[0]
+images, labels = map(torch.stack, zip(stream[0], stream[1]))
+net = PSPNet(19, "resnet18")
+loss = sum(torch.nn.functional.cross_entropy(logits, labels.long(), ignore_index=255)
+           for logits in net(images))
+loss.backward()
+torch.optim.SGD(net.parameters(), 0.01).step()
+assert loss.isfinite()
 """
 
 
 def test_the_lessons_alone_train_a_step(tmp_path, toy):
     for name in ("pspnet.py", "cityscapes.py"):
-        lesson, line, _ = (SCRIPTS / name).read_text().partition("\n# Here the lesson ends.")
-        assert line
+        lesson, _ = (SCRIPTS / name).read_text().split("\n# Here the lesson ends.")
         (tmp_path / name).write_text(lesson)
     subprocess.run([sys.executable, "-c", STEP_OF_THE_LESSONS, toy], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("size", [(64, 128), (97, 97), (9, 17), (5, 3)])
-@pytest.mark.parametrize(("batch", "training", "bins"), [
-    (1, False, (1, 2, 3, 6)), (3, True, (1, 2, 3, 6)), (3, True, (1, 2, 4, 8)), (3, True, ())])
-def test_fast_head_equals_textbook_head_in_value_every_gradient_and_statistics(
-        size, batch, training, bins):
-    torch.manual_seed(0)
-    textbook = PyramidHead(16, 5, bins).double().train(training)
-    fill_state_dict(textbook.state_dict())  # as if batch norm had learnt
-    fast = FastPyramidHead(16, 5, bins).double().train(training)
-    fast.load_state_dict(textbook.state_dict())
-    x = torch.randn(batch, 16, *size, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(batch, 5, *size, dtype=torch.float64)
+@pytest.mark.parametrize("bins", [(1, 2, 3, 6), (1, 2, 4, 8), ()])
+def test_fast_network_equals_the_textbooks_in_value_every_gradient_and_statistics(bins):
     results = []
-    for head in (fast, textbook):
-        torch.manual_seed(1)  # the same dropout
-        logits = head(x)
-        gradients = torch.autograd.grad((logits * weight).sum(), [x, *head.parameters()])
-        results.append([logits, *gradients, *(b.double() for b in head.buffers())])
+    for kind in (FastPSPNet, PSPNet):
+        net = filled_net("resnet18", kind, bins).train()
+        torch.manual_seed(0)  # the same images and dropout
+        images, odd_images = torch.randint(256, (2, 3, 64, 96)), torch.randint(256, (2, 3, 33, 47))
+        outputs = [*net(images), *net(odd_images)]
+        loss = sum(output.square().mean() for output in outputs)
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        results.append([*outputs, *gradients, *net.buffers()])
     for actual, expected in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 1e-11 * max(1, expected.abs().max())
 
 
-@pytest.mark.parametrize("size", [(64, 96), (49, 67)])
-def test_fast_network_equals_the_textbooks_in_value_every_gradient_and_statistics(size):
-    net = filled_net("r18b-d8").double().train()
-    fast = FastPSPNet(backbone="resnet18").double().train()
-    fast.load_state_dict(net.state_dict())
-    images = torch.randint(256, (2, 3, *size))
-    results = []
-    for network in (fast, net):
-        torch.manual_seed(1)
-        logits, aux_logits = network(images)
-        loss = (logits.square() + aux_logits.square()).mean()
-        gradients = torch.autograd.grad(loss, list(network.parameters()))
-        results.append([logits, aux_logits, *gradients, *(b.double() for b in network.buffers())])
-    largest = max(gradient.abs().max() for gradient in results[1])
-    for actual, expected in zip(*results, strict=True):
-        # A bias before a batch norm has a gradient of 0, but for rounding: hence not to itself.
-        assert (actual - expected).abs().max() <= 1e-11 * largest
-
-
-def test_training_takes_at_most_four_fifths_of_the_textbooks_multiply_adds():
-    operations = []
-    for kind in (FastPSPNet, PSPNet):
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            sum(output.sum() for output in kind()(torch.empty(2, 3, 512, 1024))).backward()
-        operations.append(counter.get_total_flops())
-    assert operations[0] <= 0.80 * operations[1]
-
-
 def test_fast_head_is_as_accurate_as_the_textbooks_in_bfloat16_and_its_means_are_not_biased():
     torch.manual_seed(0)
-    fast, textbook = FastPyramidHead(256, 19).eval(), PyramidHead(256, 19).eval()
-    fast.load_state_dict(textbook.state_dict())
-    x = torch.rand(1, 256, 33, 65)
+    head = FastPyramidHead(256, 19).eval()
+    x = torch.rand(1, 256, 33, 65) * torch.rand(1, 256, 1, 1)  # channels of many sizes
     with torch.no_grad():
-        expected = textbook(x)
+        expected = head(x)
         with torch.autocast("cpu", torch.bfloat16):
-            fast_error = (fast(x).float() - expected).pow(2).mean().sqrt()
-            textbook_error = (textbook(x).float() - expected).pow(2).mean().sqrt()
-            pooled = fast.pool(x.bfloat16())
+            fast_error, textbook_error = ((kind.forward(head, x) - expected).norm()
+                                          for kind in (FastPyramidHead, PyramidHead))
     assert fast_error < 1.2 * textbook_error
-    for k, means in zip(fast.bins, pooled, strict=True):
-        exact = F.adaptive_avg_pool2d(x.bfloat16().double(), k)
-        assert means.double().mean().item() == pytest.approx(exact.mean().item(), rel=1e-3)
+    for k, means in zip(head.bins, head.pool(x.bfloat16()), strict=True):
+        assert relative_error(means.double().mean(), F.adaptive_avg_pool2d(x, k).mean()) < 1e-3
 
 
-def test_upsample_equals_interpolate():
-    x = torch.randn(2, 3, 8, 16, dtype=torch.float64)
-    for size in ((64, 128), (65, 129), (31, 20)):
-        expected = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        assert (FastPSPNet(backbone="resnet18").upsample(x, size) - expected).abs().max() < 1e-12
-
-
-# The network's contract ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [PSPNet, FastPSPNet])
 @pytest.mark.parametrize("size", [(33, 47), (1, 1), (2, 100)])
-def test_logits_have_the_size_of_the_images_and_bytes_equal_floats(size, kind):
-    torch.manual_seed(0)
-    net = kind(num_classes=7, backbone="resnet18_v1c")
+def test_logits_have_the_size_of_the_images_and_bytes_equal_floats(size):
+    net = FastPSPNet(num_classes=7, backbone="resnet18_v1c")
     images = torch.randint(256, (2, 3, *size), dtype=torch.uint8)
-    logits, aux_logits = net.train()(images)
-    assert logits.shape == aux_logits.shape == (2, 7, *size)
-    assert logits.dtype == aux_logits.dtype == torch.float32
-    with torch.no_grad():
-        logits, aux_logits = net.eval()(images)
-        assert logits.shape == (2, 7, *size) and aux_logits is None
-        assert torch.equal(logits, net(images.float())[0])
+    outputs = net.train()(images)
+    logits, aux_logits = net.eval()(images)
+    assert aux_logits is None and torch.equal(logits, net(images.float())[0])
+    for output in (*outputs, logits):
+        assert output.shape == (2, 7, *size) and output.dtype == torch.float32
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 11) or not torch.backends.cuda.is_built(),
                     reason="needs a PyTorch with CUDA, and before 2.11 its driver")
-def test_nothing_is_on_another_device_than_the_network():
+def test_nothing_is_on_another_device_than_the_network(monkeypatch):
     """On a machine without a GPU: the operations of one, on shapes without values."""
+    monkeypatch.setattr(evaluate, "argmax_class", lambda scores: scores.argmax(dim=0))
     with FakeTensorMode(), torch.no_grad():
-        net = FastPSPNet(backbone="resnet18")
-        state = {name: torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
-                 for name, value in net.state_dict().items()}
-        net.load_state_dict(state, assign=True)
-        images = torch.zeros(2, 3, 65, 129, dtype=torch.uint8, device="cuda:0")
-        outputs = [*net.train()(images), net.eval()(images)[0]]
-        for protocol in ({}, {"scales": (0.5, 1.25)}, {"flip": True}, {"tile": (32, 48)},
-                         {"scales": (0.5, 1), "flip": True, "tile": (32, 48)}):
-            with pytest.MonkeyPatch.context() as patch:  # whether all are finite nobody can know
-                patch.setattr(evaluate, "argmax_class", lambda scores: scores.max(dim=0).indices)
-                outputs.append(evaluate.predict_averaged(net, images[0], **protocol))
+        with torch.device("cuda:0"):
+            net = FastPSPNet(backbone="resnet18")
+            images = torch.zeros(2, 3, 65, 129, dtype=torch.uint8)
+        outputs = [*net(images)]
+        for protocol in ({}, {"scales": (0.5, 1.25)}, {"flip": True, "tile": (32, 48)}):
+            outputs.append(evaluate.predict_averaged(net.eval(), images[0], **protocol))
         assert all(output.device == images.device for output in outputs)
 
 
-def test_compiles_without_graph_breaks():
-    torch.manual_seed(0)
-    net = FastPSPNet(backbone="resnet18", bins=(2, 3, 6)).train()
-    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
+def test_compiles_without_graph_breaks_and_gives_float32_under_autocast():
+    net = torch.compile(FastPSPNet(backbone="resnet18"), fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
-        outputs, expected = compiled(images), net(images)
-    for actual, reference in zip(outputs, expected, strict=True):
-        assert actual.dtype == torch.float32  # the labels' resolution, in full precision
-        assert relative_error(actual, reference) < 0.05
+        logits, aux_logits = net(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert logits.dtype == aux_logits.dtype == torch.float32  # at the labels' resolution
 
 
 def test_exports_with_dynamic_height_and_width():
-    torch.manual_seed(0)
     net = FastPSPNet(backbone="resnet18").double().eval()
     # In multiples of 8: max pooling of torch before 2.15 wants to know the remainder.
     height, width = (8 * torch.export.Dim(name, min=2, max=512) for name in ("height", "width"))
     exported = torch.export.export(net, (torch.rand(1, 3, 64, 96) * 255,),
                                    dynamic_shapes={"images": {2: height, 3: width}}).module()
-    for size in ((64, 96), (72, 136), (40, 328)):
-        images = torch.rand(1, 3, *size) * 255
-        with torch.no_grad():
-            assert relative_error(exported(images)[0], net(images)[0]) < 1e-12
+    images = torch.rand(1, 3, 40, 328) * 255
+    assert relative_error(exported(images)[0], net(images)[0]) < 1e-12
 
 
 @pytest.mark.usefixtures("all_cores")
@@ -291,122 +181,96 @@ def test_the_script_shows_that_both_networks_are_the_same(run_here):
     assert float(process.stdout.split()[-1]) < 1e-12
 
 
-# Checkpoints --------------------------------------------------------------------------------------
-
-
-def mmsegmentation_file(path, backbone, num_classes=19, legacy=False, config="", without=()):
-    """A file like those mmsegmentation published: `meta` and `state_dict`; each tensor is one zero
-    seen many times, so that it is small."""
-    with torch.device("meta"):
-        state = PSPNet(num_classes, backbone).state_dict()
-    state = type(state)((k, torch.zeros((), dtype=v.dtype).expand(v.shape))
-                        for k, v in state.items() if not k.endswith(without))
-    meta = {"mmseg_version": "0.5.0", "config": config, "CLASSES": ("road", "sidewalk")}
-    torch.save({"meta": meta, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
-    return path
-
-
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_net_recognises_every_backbone_in_mmsegmentations_files(backbone, legacy, tmp_path):
-    without = ("num_batches_tracked",) if legacy else ()  # older files lack batch norm's counters
-    path = mmsegmentation_file(tmp_path / "net.pth", backbone, 11, legacy, without=without)
+    path = tmp_path / "net.pth"
+    with torch.device("meta"):
+        state = PSPNet(11, backbone).state_dict()
+    # Each tensor is one zero seen many times, for a small file; old files lack counters.
+    state = {name: torch.zeros(()).expand(value.shape)
+             for name, value in state.items() if not (legacy and name.endswith("_tracked"))}
+    torch.save({"state_dict": state, "meta": {}}, path, _use_new_zipfile_serialization=not legacy)
     net = load_net(path)
-    assert (net.arguments["backbone"], net.arguments["num_classes"]) == (backbone, 11)
-    assert net.arguments["bins"] == [1, 2, 3, 6] and net.class_names is None and not net.training
-    assert all(not value.is_meta and (value == 0).all() for value in net.state_dict().values())
+    assert net.arguments == {"num_classes": 11, "backbone": backbone, "bins": [1, 2, 3, 6]}
+    assert net.class_names is None and not net.training
+    assert all((value == 0).all() for value in net.state_dict().values())
 
 
-@pytest.mark.parametrize("bins", [(1, 2, 3, 6), (2, 1, 6, 3), (1, 2, 4, 8), (1,), ()])
+@pytest.mark.parametrize("bins", [(1, 2, 3, 6), (2, 1, 6, 3), (1, 2, 4, 8), ()])
 def test_load_net_builds_the_network_that_was_saved(tmp_path, bins):
-    torch.manual_seed(0)
     net = FastPSPNet(4, "resnet18", bins).eval()
     torch.save({"state_dict": net.state_dict(), "model": net.arguments, "classes": list("abcd")},
                tmp_path / "net.pt")
     loaded = load_net(tmp_path / "net.pt")
     images = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(loaded(images)[0], net(images)[0])
+    assert torch.equal(loaded(images)[0], net(images)[0])
     assert (loaded.arguments, loaded.class_names) == (net.arguments, list("abcd"))
 
 
-def test_load_net_refuses_everything_else_in_one_sentence(tmp_path):
+def test_load_net_refuses_everything_else_in_one_sentence_with_the_path(tmp_path):
     path = tmp_path / "net.pth"
 
-    def refused(words):
+    def refuses(words):
         with pytest.raises(CheckpointError) as refusal:
             load_net(path)
         message = str(refusal.value)
         assert str(path) in message and words in message and "\n" not in message, message
 
-    state = torch.load(mmsegmentation_file(path, "resnet18"), weights_only=True)["state_dict"]
+    keys = MMSEG["models"]["r18b-d8"]["keys"]
+    state = {name: torch.zeros(()).expand(shape) for name, shape in keys}
+    for legacy in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        for damaged in (b"", b"404: not found\n", whole[: len(whole) // 2], whole[:-9]):
+            path.write_bytes(damaged)
+            refuses("cannot be read")
     for content, words in (
             ([torch.zeros(3)], "no dictionary of weights"),
             ({"state_dict": None}, "no dictionary of weights"),
-            ({"net": {}}, "names, shapes"),
+            ({"state_dict": exec}, "exec"),
             ({"state_dict": {"weight": 3, 4: 5}}, "names, shapes"),
-            ({"state_dict": {"decode_head.conv_seg.bias": torch.zeros(2, 3)}}, "names, shapes"),
-            ({"state_dict": re.compile("code")}, "re._compile"),
             ({"state_dict": {f"module.{name}": value for name, value in state.items()}},
              "'module.backbone.conv1.weight'"),
             ({"state_dict": {name: value.char() for name, value in state.items()}}, "types"),
             ({"state_dict": state, "model": "resnet18"}, "types are others"),
-            ({"state_dict": state, "model": {"backbone": "resnet18", "bins": [1]}}, "shapes")):
+            ({"state_dict": state, "model": {"backbone": "resnet18", "bins": [1]}}, "shapes"),
+            ({"state_dict": state, "meta": "strides=(1, 2, 2, 2)"}, "strides=(1, 2, 2, 2)"),
+            ({"state_dict": state, "meta": {"config": "align_corners=True"}}, "align_corners")):
         torch.save(content, path)
-        refused(words)
-    for options, words in (({"without": ("conv_seg.weight",)}, "names, shapes"),
-                           ({"config": "strides=(1, 2, 2, 2)"}, "strides=(1, 2, 2, 2)"),
-                           ({"config": "align_corners=True"}, "align_corners=True")):
-        mmsegmentation_file(path, "resnet50", **options)
-        refused(words)
-    damaged = [b"", b"404: not found\n"]
-    for legacy in (True, False):
-        whole = mmsegmentation_file(path, "resnet18", legacy=legacy).read_bytes()
-        damaged += [whole[: int(share * len(whole))] for share in (0.1, 0.5, 0.999)]
-    for content in damaged:
-        path.write_bytes(content)
-        refused("cannot be read")
+        refuses(words)
     for name in ("nothing.pth", "."):
         with pytest.raises(OSError, match=str(tmp_path / name)):
             load_net(tmp_path / name)
 
 
-def test_load_backbone_reads_a_classifiers_weights_and_refuses_anothers(tmp_path):
-    torch.manual_seed(0)
-    classifier = torchvision.models.resnet18()
-    torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
-    net = PSPNet(backbone="resnet18")
-    load_backbone(net, tmp_path / "resnet18.pth")
-    assert torch.equal(net.backbone.layer4[1].conv2.weight, classifier.layer4[1].conv2.weight)
-    for backbone in ("resnet18_v1c", "resnet50"):
-        with pytest.raises(CheckpointError, match=backbone):
-            load_backbone(PSPNet(backbone=backbone), tmp_path / "resnet18.pth")
-
-
-def test_imagenet_weights_are_downloaded_once_and_never_run_as_code(tmp_path, monkeypatch):
-    def download(url, path, sha256, progress):
-        downloads.append((url, sha256))
-        torch.save(torchvision.models.resnet18().state_dict(), path)
-
-    downloads, net = [], PSPNet(backbone="resnet18")
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+def test_imagenet_weights_are_torchvisions_and_downloaded_once(backbone, tmp_path, monkeypatch):
+    net, classifier = PSPNet(backbone=backbone), torchvision.models.get_model(backbone)
+    download = Mock(side_effect=lambda *args, **_: torch.save(classifier.state_dict(), args[1]))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     load_backbone(net, "imagenet")
     load_backbone(net, "imagenet")
-    assert downloads == [(BACKBONES["resnet18"][-1], "f37072fd")]
-    cached = next(tmp_path.rglob("resnet18-f37072fd.pth"))
-    for damage in (b"", cached.read_bytes()[:1000], b"<!DOCTYPE html>"):
-        cached.write_bytes(damage)
-        with pytest.raises(CheckpointError, match=f"{cached} cannot be read"):
+    url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    download.assert_called_once_with(url, ANY, url[-12:-4], progress=True)
+    for name, value in net.backbone.state_dict().items():
+        assert torch.equal(value, classifier.state_dict()[name]), name
+
+
+def test_imagenet_weights_that_cannot_be_had_or_are_anothers_are_refused(tmp_path, monkeypatch):
+    def refuses(words):
+        with pytest.raises(CheckpointError, match=f"resnet18-f37072fd.pth.*{words}"):
             load_backbone(net, "imagenet")
-    torch.save(re.compile("code"), cached)
-    with pytest.raises(CheckpointError, match=f"{cached}.*GLOBAL re._compile was not"):
-        load_backbone(net, "imagenet")
 
-
-@pytest.mark.parametrize("error", [OSError("no network"), ValueError("the port is no number")])
-def test_load_backbone_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch, error):
+    net = PSPNet(backbone="resnet18")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=error))
-    with pytest.raises(CheckpointError, match=f"resnet18-f37072fd.pth.*{error}.*--weights"):
-        load_backbone(PSPNet(backbone="resnet18"), "imagenet")
+    monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=ValueError("the port is no number")))
+    refuses("the port is no number.*--weights FILE")
+    cached = tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    cached.write_bytes(b"<!DOCTYPE html>")
+    refuses("cannot be read")
+    for content, words in ((exec, "exec was not an allowed global"),
+                           (torchvision.models.resnet34().state_dict(), "not hold a resnet18")):
+        torch.save(content, cached)
+        refuses(words)

@@ -151,9 +151,5 @@ if __name__ == "__main__":
     parser.add_argument("root", metavar="DIR")
     parser.add_argument("--train", type=int, default=96, help="training scenes (96)")
     parser.add_argument("--val", type=int, default=16, help="validation scenes (16)")
-    parser.add_argument("--size", type=int, nargs=2, default=[160, 320], metavar=("H", "W"),
-                        help="pixels (160 320)")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw_cityscapes(args.root, {"train": args.train, "val": args.val}, args.size, args.seed)
-    print(f"drew {args.train} + {args.val} {args.size[0]}x{args.size[1]} scenes: {args.root}")
+    draw_cityscapes(args.root, {"train": args.train, "val": args.val}, (160, 320))
