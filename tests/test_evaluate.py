@@ -92,11 +92,9 @@ def test_the_script_scores_by_the_official_rules_what_it_saves(
     saved = np.stack([png(tmp_path / f"ids/{name}.png") for name in names])
     assert len(list(tmp_path.glob("ids/*/*"))) == len(names)
     result = json.loads((tmp_path / "new/scores.json").read_text())
-    for row, entry in zip(result["classes"], CLASSES, strict=True):
-        official = official_iou(truth, saved, [entry.id])
-        assert (row["name"], row["iou"]) == (entry.name, pytest.approx(official, abs=1e-12))
-    for row in result["categories"]:
-        ids = [entry.id for entry in CLASSES if entry.category == row["name"]]
+    assert (len(result["classes"]), len(result["categories"])) == (19, 7)
+    for row in result["classes"] + result["categories"]:
+        ids = [entry.id for entry in CLASSES if row["name"] in (entry.name, entry.category)]
         assert row["iou"] == pytest.approx(official_iou(truth, saved, ids), abs=1e-12)
     present = sum(row["iou"] is not None for row in result["classes"])
     assert 0 < present < 19  # some are absent, which the table must show
@@ -118,10 +116,8 @@ def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, 
     process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --split test --workers 0 "
                        f"--save-ids {tmp_path}/ids")
     assert "mIoU" not in process.stdout
-    saved = sorted(tmp_path.glob("ids/*/*"))
-    assert [str(path.relative_to(tmp_path)) for path in saved] == [
-        f"ids/toytown0/toytown0_00000{i}_000019.png" for i in range(2)]
-    assert {Image.open(path).mode for path in saved} == {"L"}
+    saved = {path.name: Image.open(path).mode for path in tmp_path.glob("ids/toytown0/*")}
+    assert saved == {"toytown0_000000_000019.png": "L", "toytown0_000001_000019.png": "L"}
 
 
 class SeesSinglePixels:
@@ -218,12 +214,12 @@ def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(checkpoint,
     picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")
     for name in ("._rgb.png", "rgb.xmp", "broken.png", os.fsdecode(b"kaputt\xfc.jpg")):
         (photos / name).write_bytes((photos / "rgb.png").read_bytes()[:500])
-    process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/missing.jpg "
+    process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/none.jpg "
                          f"--save-color {color} --save-ids {ids}")
     assert process.returncode == 1 and "Traceback" not in process.stderr
     *named, last = process.stderr.splitlines()
     assert len(named) == 4 and last == "evaluate.py: 4 files could not be read"
-    for word in ("broken.png", "rgb.xmp", "kaputt\\udcfc.jpg", "missing.jpg"):
+    for word in ("broken.png", "rgb.xmp", "kaputt\\udcfc.jpg", "none.jpg"):
         assert any(word in line for line in named), named
     names = {b"rgb.png.png", b"photo.JPG.png", b"alpha.webp.png", b"stra\xdfe.png.png"}
     assert {os.fsencode(path.name) for path in ids.iterdir()} == names
@@ -239,12 +235,11 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
     torch.save({"state_dict": state, "model": {"num_classes": 19, "backbone": "resnet18"},
                 "classes": [entry.name for entry in reversed(CLASSES)]}, tmp_path / "other.pt")
     torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, tmp_path / "eleven.pt")
-    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     here = f"--ckpt {checkpoint} --data {toy}"
     wrong(f"--data {toy}", "--ckpt")
-    wrong(f"--ckpt {tmp_path}/cut.pt --data {toy}", "cut.pt", "cannot be read")
+    wrong(f"--ckpt {tmp_path}/file --data {toy}", "file cannot be read")
     wrong(f"--ckpt {tmp_path}/eleven.pt --data {toy}", "11 classes", "19")
     wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "['bicycle', 'moto", "['road', 'sidewalk'")
     wrong(f"{here} --scales -1", "--scales: -1 is not a number from 0.01 on")

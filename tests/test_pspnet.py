@@ -127,7 +127,7 @@ def test_fast_head_is_as_accurate_as_the_textbooks_in_bfloat16_and_its_means_are
                                           for kind in (FastPyramidHead, PyramidHead))
     assert fast_error < 1.2 * textbook_error
     for k, means in zip(head.bins, head.pool(x.bfloat16()), strict=True):
-        assert relative_error(means.double().mean(), F.adaptive_avg_pool2d(x, k).mean()) < 1e-3
+        assert relative_error(means.double().mean(), F.adaptive_avg_pool2d(x, k).mean()) < 6e-4
 
 
 @pytest.mark.parametrize("size", [(33, 47), (1, 1), (2, 100)])
@@ -246,8 +246,8 @@ def test_load_net_refuses_everything_else_in_one_sentence_with_the_path(tmp_path
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
 def test_imagenet_weights_are_torchvisions_and_downloaded_once(backbone, tmp_path, monkeypatch):
-    net, classifier = PSPNet(backbone=backbone), torchvision.models.get_model(backbone)
-    download = Mock(side_effect=lambda *args, **_: torch.save(classifier.state_dict(), args[1]))
+    net, state = PSPNet(backbone=backbone), torchvision.models.get_model(backbone).state_dict()
+    download = Mock(side_effect=lambda url, path, *_, **__: torch.save(state, path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     load_backbone(net, "imagenet")
@@ -255,7 +255,7 @@ def test_imagenet_weights_are_torchvisions_and_downloaded_once(backbone, tmp_pat
     url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     download.assert_called_once_with(url, ANY, url[-12:-4], progress=True)
     for name, value in net.backbone.state_dict().items():
-        assert torch.equal(value, classifier.state_dict()[name]), name
+        assert torch.equal(value, state[name]), name
 
 
 def test_imagenet_weights_that_cannot_be_had_or_are_anothers_are_refused(tmp_path, monkeypatch):
