@@ -3,7 +3,7 @@ definitions, and the script itself."""
 import json
 import math
 import os
-from functools import partial
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +16,13 @@ from PIL import Image
 from toy_cityscapes import draw_cityscapes
 
 import evaluate
-from cityscapes import CLASSES
-from evaluate import confusion, predict, predict_averaged, scores_of, tile_starts
-from pspnet import PSPNet
+from cityscapes import CLASSES, Cityscapes, to_picture
+from evaluate import confusion, predict_averaged, scores_of, tile_starts
+from pspnet import PSPNet, load_net
 
 IDS = np.array([entry.id for entry in CLASSES])  # train id -> label id
+NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 35, 53), np.uint8))
+PROTOCOL = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [64, 80]}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def checkpoint(tmp_path_factory):
     net = PSPNet(backbone="resnet18")
     net.load_state_dict(fill_state_dict(net.state_dict()))
     path = tmp_path_factory.mktemp("net") / "r18b.pt"
-    torch.save({"meta": {"CLASSES": ("road",)}, "state_dict": net.state_dict()}, path)
+    torch.save({"state_dict": net.state_dict()}, path)
     return path
 
 
@@ -37,97 +39,62 @@ def checkpoint(tmp_path_factory):
 def runs(beside, toy, checkpoint, tmp_path_factory):
     """What runs beside the tests of this file, future by name, and the folder it writes to."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.save({"state_dict": PSPNet(19, "resnet18").state_dict()}, folder / "other.pt")
-    command, others = f"evaluate.py --data {toy} --ckpt", f"{folder}/other.pt --flip"
+    photos, picture = tmp_path_factory.mktemp("photos"), to_picture(NOISE)
+    picture.save(photos / "rgb.png")
+    picture.resize((33, 90)).save(photos / "photo.JPG")
+    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
+    picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")
+    (photos / "._rgb.png").write_bytes(b"a Mac's shadow of the file")
+    (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
+    (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
+    torch.save({"state_dict": PSPNet(backbone="resnet18").state_dict()}, folder / "other.pt")
+    command = f"evaluate.py --data {toy} --workers 0 --ckpt {checkpoint}"
+    two = (f"{command} --precision bf16 --scales 0.5 1 --flip --tile 64 80 --save-ids {folder}/ids "
+           f"--save-color {folder}/color --json {folder}/new/scores.json")
+    photographs = (f"{command} --images {photos} {folder}/missing.jpg --save-ids {folder}/photo-ids"
+                   f" --save-color {folder}/photo-color")  # it prints names which pytest could not
     return SimpleNamespace(
-        folder=folder, different=beside(run_differently, command, [checkpoint, others], folder),
-        two=beside(run_script, f"{command} {checkpoint} --json {folder}/scores.json", 2))
+        folder=folder, two=beside(run_script, two, 2), photographs=beside(run_script, photographs),
+        different=beside(run_differently, command, ["", f"--flip --ckpt {folder}/other.pt"],
+                         folder))
+
+
+def pngs(folder, pattern):
+    """The PNG files that match, which are all of one size, in the order of their names."""
+    return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob(pattern))])
 
 
 @pytest.mark.parametrize("case", MMSEG["metric"])
-def test_confusion_and_scores_equal_mmsegmentations(case):
+def test_scores_equal_mmsegmentations(case):
     recorded = MMSEG["metric"][case]
     pairs = zip(recorded["labels"], recorded["preds"], strict=True)
     matrix = sum(confusion(label, prediction, 19) for label, prediction in pairs)[:19]
     assert torch.equal(matrix, recorded["exact"]["conf"])
     scores = scores_of(matrix, CLASSES)
-    for theirs, tolerance in ((recorded["exact"], 1e-12), (recorded["mmseg"], 1e-6)):
-        for name, ours in (("mIoU", "miou"), ("mAcc", "mean_accuracy"), ("aAcc", "pixel_accuracy")):
-            assert scores[ours] == pytest.approx(theirs[name], rel=0, abs=tolerance)
-        for name, ours in (("IoU", "iou"), ("Acc", "accuracy")):
-            values = np.array([row[ours] for row in scores["classes"]], float)  # None becomes NaN
-            assert np.allclose(values, theirs[name], rtol=0, atol=tolerance, equal_nan=True)
+    ours = {"mIoU": scores["miou"], "mAcc": scores["mean_accuracy"],
+            "aAcc": scores["pixel_accuracy"], "IoU": [row["iou"] for row in scores["classes"]],
+            "Acc": [row["accuracy"] for row in scores["classes"]]}
+    for name, values in ours.items():
+        values, theirs = np.array(values, float), recorded["mmseg"][name]  # None becomes NaN
+        assert np.allclose(values, theirs, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_confusion_equals_a_double_loop():
+    label, prediction = NOISE[0], NOISE[1] % 19
+    expected = np.zeros((256, 19), int)
+    for y in range(35):
+        for x in range(53):
+            expected[label[y, x], prediction[y, x]] += 1
+    assert np.array_equal(confusion(label, prediction, 19), expected)
 
 
 def test_two_classes_of_one_name_are_two_rows_and_one_category_is_one():
-    classes = [CLASSES[0], CLASSES[2], CLASSES[0]]
-    scores = scores_of(torch.tensor([[3, 0, 1], [0, 2, 0], [2, 0, 4]]), classes)
-    assert [row["name"] for row in scores["classes"]] == ["road", "building", "road"]
-    assert [row["iou"] for row in scores["classes"]] == pytest.approx([3 / 6, 1, 4 / 7])
-    assert scores["categories"] == [{"name": "flat", "iou": 1}, {"name": "construction", "iou": 1}]
-
-
-def official_iou(truth, prediction, ids):
-    """cityscapesScripts' rule for a class, or for a category with all its classes, on label ids:
-    hits, over those and misses and false alarms, which are counted where the truth is of a class.
-    Source: evalPixelLevelSemanticLabeling.py, getIouScoreForLabel and getIouScoreForCategory."""
-    true, predicted = np.isin(truth, ids), np.isin(prediction, ids)
-    hits, misses = (true & predicted).sum(), (true & ~predicted).sum()
-    false_alarms = (~true & predicted & np.isin(truth, IDS)).sum()
-    total = hits + misses + false_alarms
-    return hits / total if total else None
-
-
-def png(path):
-    return np.array(Image.open(path))
-
-
-def test_the_script_scores_by_the_official_rules_what_it_saves(
-        toy, checkpoint, runs, tmp_path, run_here):
-    """In one process, and in two, which cannot share 5 images evenly."""
-    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --save-ids {tmp_path}/ids "
-                       f"--save-color {tmp_path}/color --json {tmp_path}/new/scores.json")
-    names = evaluate.Cityscapes(toy, "val").names
-    truth = np.stack([png(toy / f"gtFine/val/{name}_gtFine_labelIds.png") for name in names])
-    saved = np.stack([png(tmp_path / f"ids/{name}.png") for name in names])
-    assert len(list(tmp_path.glob("ids/*/*"))) == len(names)
-    result = json.loads((tmp_path / "new/scores.json").read_text())
-    assert (len(result["classes"]), len(result["categories"])) == (19, 7)
-    for row in result["classes"] + result["categories"]:
-        ids = [entry.id for entry in CLASSES if row["name"] in (entry.name, entry.category)]
-        assert row["iou"] == pytest.approx(official_iou(truth, saved, ids), abs=1e-12)
-    present = sum(row["iou"] is not None for row in result["classes"])
-    assert 0 < present < 19  # some are absent, which the table must show
-    assert f"over {present} of 19 classes" in process.stdout and "n/a" in process.stdout
-    assert result["protocol"] == {"precision": "fp32", "scales": [1.0], "flip": False, "tile": None}
-    assert np.sum(result["confusion_matrix"]) == np.isin(truth, IDS).sum()
-    for name, ids in zip(names, saved, strict=True):
-        color = png(tmp_path / f"color/{name}_color.png")
-        assert all((color[ids == entry.id] == entry.color).all() for entry in CLASSES)
-        image = png(toy / f"leftImg8bit/val/{name}_leftImg8bit.png")
-        overlay = png(tmp_path / f"color/{name}_overlay.png")
-        assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
-    two = runs.two.result()
-    assert two.returncode == 0 and two.stdout.count(" of 19 classes") == 1, two.stderr
-    assert json.loads((runs.folder / "scores.json").read_text()) == result
-
-
-def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path, run_here):
-    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --split test --workers 0 "
-                       f"--save-ids {tmp_path}/ids")
-    assert "mIoU" not in process.stdout
-    saved = {path.name: Image.open(path).mode for path in tmp_path.glob("ids/toytown0/*")}
-    assert saved == {"toytown0_000000_000019.png": "L", "toytown0_000001_000019.png": "L"}
-
-
-class SeesSinglePixels:
-    """A network whose logits are read off each pixel by itself: images may be cut and mirrored."""
-
-    arguments, sizes = {"num_classes": 19}, frozenset()
-
-    def __call__(self, images):
-        self.sizes |= {tuple(images.shape[-2:])}
-        return -(images[:, :1].float() / 13 - torch.arange(19).view(-1, 1, 1)).abs(), None
+    vegetation, building = CLASSES[8], CLASSES[2]
+    matrix = torch.tensor([[3, 0, 1], [0, 2, 0], [2, 0, 4]])
+    scores = scores_of(matrix, [vegetation, building, vegetation])
+    rows = [(row["name"], row["iou"]) for row in scores["classes"] + scores["categories"]]
+    assert rows == [("vegetation", 3 / 6), ("building", 1), ("vegetation", 4 / 7),
+                    ("nature", 1), ("construction", 1)]
 
 
 @pytest.mark.parametrize(("length", "tile"), [
@@ -139,125 +106,138 @@ def test_tiles_cover_every_pixel_and_overlap_by_a_third(length, tile):
     assert all(b - a <= math.ceil(tile * 2 / 3) for a, b in zip(starts, starts[1:]))
 
 
-@pytest.mark.parametrize("options", [
-    {"tile": (24, 40)}, {"flip": True}, {"tile": (24, 40), "flip": True}, {"tile": (500, 500)}])
-def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options):
-    net, image = SeesSinglePixels(), torch.randint(250, (3, 65, 97), dtype=torch.uint8)
-    prediction = predict_averaged(net, image, **options)
-    height, width = options.get("tile", (65, 97))
-    assert net.sizes == {(min(height, 65), min(width, 97))}
-    assert torch.equal(prediction, predict(net, image))
+@pytest.mark.parametrize(("options", "size"), [
+    ({"flip": True}, (35, 53)), ({"tile": (500, 40)}, (35, 40)),
+    ({"tile": (24, 40), "flip": True}, (24, 40))])
+def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options, size):
+    def net(images):  # its logits are red, green and blue
+        assert images.shape[2:] == size
+        return images.float(), None
+
+    net.arguments = {"num_classes": 3}
+    assert torch.equal(predict_averaged(net, NOISE, **options), NOISE.argmax(0))
 
 
 def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
     """mmsegmentation (SegTTAModel): logits at the scaled size, mirrored back, resized to the image,
     softmax, mean. In float64, where no two sums tie."""
-    net, total = evaluate.load_net(checkpoint).double(), 0
-    image = torch.randint(256, (3, 48, 64), dtype=torch.uint8)
-    assert torch.equal(predict(net, image), net(image[None])[0][0].argmax(0))
-    with torch.no_grad():
-        for scale in (0.5, 1.25):
-            size = (round(48 * scale), round(64 * scale))
-            scaled = F.interpolate(image[None].float(), size, mode="bilinear")
-            for mirrored in (False, True):
-                logits = net(scaled.flip(3) if mirrored else scaled)[0]
-                logits = logits.flip(3) if mirrored else logits
-                total = total + F.interpolate(logits, (48, 64), mode="bilinear").softmax(1)
-    prediction = predict_averaged(net, image, scales=(0.5, 1.25), flip=True)
+    net, total = load_net(checkpoint).double(), 0
+    for scale in (0.5, 1.25):
+        size = (round(35 * scale), round(53 * scale))
+        scaled = F.interpolate(NOISE[None].float(), size, mode="bilinear")
+        for axes in ([], [3]):
+            logits = net(scaled.flip(axes))[0].flip(axes)
+            total = total + F.interpolate(logits, (35, 53), mode="bilinear").softmax(1)
+    prediction = predict_averaged(net, NOISE, scales=(0.5, 1.25), flip=True)
     assert torch.equal(prediction, total[0].argmax(0))
 
 
-def test_the_script_predicts_by_the_protocol_and_names_it(toy, checkpoint, tmp_path, run_here):
-    net = evaluate.load_net(checkpoint).to(memory_format=torch.channels_last)
-    protocol = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [48, 80]}
-    matrix = evaluate.evaluate(net, evaluate.Cityscapes(toy, "val"), torch.device("cpu"),
-                               partial(predict_averaged, **protocol), workers=0)
-    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --flip --tile 48 80 "
-                       f"--scales 0.5 1 --workers 0 --precision bf16 --json {tmp_path}/a.json")
-    assert process.stdout.endswith(f"5 images of val, {protocol}\n")
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert result["protocol"] == protocol
-    assert result["confusion_matrix"] == matrix.tolist()
+def test_label_values_that_are_no_class_are_an_error(toy):
+    val_set = Cityscapes(toy, "val")
+    val_set.classes = CLASSES[:13]  # and not 13, car
+    with pytest.raises(evaluate.DataError, match="neither one of the 13 classes nor 255"):
+        evaluate.evaluate(torch.nn.Identity(), val_set, "cpu", lambda _, image: image[0] % 13, 0)
+
+
+def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path, run_here):
+    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --split test --workers 0 "
+                       f"--save-ids {tmp_path}")
+    assert "mIoU" not in process.stdout
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
+        f"toytown0/toytown0_00000{i}_000019.png" for i in range(2)]
+    images = torch.from_numpy(pngs(toy, "leftImg8bit/test/*/*")).permute(0, 3, 1, 2)
+    logits, _ = load_net(checkpoint)(images)
+    assert (pngs(tmp_path, "*/*") == IDS[logits.argmax(1)]).mean() > 0.999  # sums in other orders
+
+
+def official_iou(truth, prediction, ids):
+    """cityscapesScripts' IoU of a class, or of a category as one, by label ids: its hits, over
+    those and its misses and its false alarms where the truth is of an evaluated class.
+    (evalPixelLevelSemanticLabeling.py, getIouScoreFor...)"""
+    true, predicted = np.isin(truth, ids), np.isin(prediction, ids)
+    total = (np.isin(truth, IDS) & (true | predicted)).sum()
+    return (true & predicted).sum() / total if total else None
+
+
+def test_script_scores_by_the_official_rules_what_it_saves(toy, runs):
+    process, folder = runs.two.result(), runs.folder
+    assert process.returncode == 0, process.stderr
+    truth, image = pngs(toy, "gtFine/val/*/*_labelIds.png"), pngs(toy, "leftImg8bit/val/*/*")
+    ids, color = pngs(folder, "ids/*/*"), pngs(folder, "color/*/*_color.png")
+    result = json.loads((folder / "new/scores.json").read_text())
+    rows = result["classes"] + result["categories"]
+    for row in rows:
+        group = [entry.id for entry in CLASSES if row["name"] in (entry.name, entry.category)]
+        assert row["iou"] == pytest.approx(official_iou(truth, ids, group), abs=1e-12)
+    assert len(rows) == 19 + 7
+    assert process.stdout.count(" of 19 classes") == 1 and "n/a" in process.stdout
+    assert all((color[ids == entry.id] == entry.color).all() for entry in CLASSES)
+    overlay = pngs(folder, "color/*/*_overlay.png")
+    assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
+
+
+def test_two_processes_give_the_scores_of_one_by_the_protocol_that_they_name(toy, checkpoint, runs):
+    """5 images, which 2 doesn't divide."""
+    net = load_net(checkpoint).to(memory_format=torch.channels_last)
+    matrix = evaluate.evaluate(net, Cityscapes(toy, "val"), torch.device("cpu"),
+                               lambda net, image: predict_averaged(net, image, **PROTOCOL), 0)
+    runs.two.result()
+    result = json.loads((runs.folder / "new/scores.json").read_text())
+    assert result["protocol"] == PROTOCOL and result["confusion_matrix"] == matrix.tolist()
+    assert result | scores_of(matrix, CLASSES) == result
+
+
+def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(runs):
+    process, ids = runs.photographs.result(), runs.folder / "photo-ids"
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "evaluate.py: 3 files could not be read" in process.stderr
+    assert re.findall(r"cannot decode \S*/(\S+)", process.stderr) == [
+        "broken.png", "kaputt\\udcfc.jpg", "missing.jpg"]
+    sizes = {os.fsencode(path.stem): Image.open(path).size for path in ids.iterdir()}
+    assert sizes == {b"rgb.png": (53, 35), b"photo.JPG": (33, 90), b"alpha.webp": (53, 35),
+                     b"stra\xdfe.png": (53, 35)}
+    assert len(list((runs.folder / "photo-color").iterdir())) == 8
+    assert np.array_equal(pngs(ids, "rgb*"), pngs(ids, "alpha*"))
 
 
 def test_values_that_are_not_finite_are_no_prediction(toy, tmp_path, checkpoint, mistake):
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    photograph = next(toy.glob("leftImg8bit/val/*/*.png"))
-    for name, value, precision in (("backbone.layer1.0.conv1.weight", math.nan, "fp32"),
-                                   ("backbone.layer4.1.bn2.weight", math.inf, "fp32"),
-                                   ("decode_head.bottleneck.bn.weight", 1e6, "fp16")):
-        broken = {**state, name: torch.full_like(state[name], value)}
-        torch.save({"state_dict": broken}, tmp_path / "net.pt")
-        command = f"evaluate.py --ckpt {tmp_path}/net.pt --precision {precision} --workers 0 "
-        mistake(f"{command} --data {toy}", "not finite")
-        mistake(f"{command} --images {photograph} --save-color {tmp_path}/color", "not finite")
-        assert not (tmp_path / "color").exists()
+    for value, precision in ((math.nan, "fp32"), (math.inf, "fp32"), (1e6, "fp16")):
+        content = torch.load(checkpoint, weights_only=True)
+        content["state_dict"]["decode_head.bottleneck.bn.weight"].fill_(value)
+        torch.save(content, tmp_path / "broken.pt")
+        for pictures in (f"--data {toy}", f"--images {toy}/leftImg8bit/val/toytown0"):
+            mistake(f"evaluate.py --ckpt {tmp_path}/broken.pt --precision {precision} --workers 0 "
+                    f"{pictures} --save-ids {tmp_path}/ids", "not finite")
+    assert not (tmp_path / "ids").exists()
 
 
-def test_label_values_that_are_no_class_are_an_error(toy, monkeypatch):
-    dataset = evaluate.Cityscapes(toy, "val")
-    picture, label = dataset[0]
-    label.putpixel((3, 4), 254)
-    monkeypatch.setattr(evaluate.Cityscapes, "__getitem__", lambda dataset, i: (picture, label))
-    with pytest.raises(evaluate.DataError, match="neither one of the 19 classes nor 255"):
-        evaluate.evaluate(PSPNet(19, "resnet18"), dataset, torch.device("cpu"), predict, 0)
-
-
-def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(checkpoint, tmp_path):
-    """In a process of its own, as it prints names of another encoding, which pytest could not."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
-    photos, ids, color = (tmp_path / name for name in ("photos", "ids", "color"))
-    (photos / "folder").mkdir(parents=True)
-    picture.save(photos / "rgb.png")
-    picture.save(photos / "photo.JPG")
-    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
-    picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")
-    for name in ("._rgb.png", "rgb.xmp", "broken.png", os.fsdecode(b"kaputt\xfc.jpg")):
-        (photos / name).write_bytes((photos / "rgb.png").read_bytes()[:500])
-    process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/none.jpg "
-                         f"--save-color {color} --save-ids {ids}")
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    *named, last = process.stderr.splitlines()
-    assert len(named) == 4 and last == "evaluate.py: 4 files could not be read"
-    for word in ("broken.png", "rgb.xmp", "kaputt\\udcfc.jpg", "none.jpg"):
-        assert any(word in line for line in named), named
-    names = {b"rgb.png.png", b"photo.JPG.png", b"alpha.webp.png", b"stra\xdfe.png.png"}
-    assert {os.fsencode(path.name) for path in ids.iterdir()} == names
-    assert len(list(color.iterdir())) == 8
-    assert np.array_equal(png(ids / "rgb.png.png"), png(ids / "alpha.webp.png"))
-
-
-def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake):
-    def wrong(arguments, *words):
-        mistake(f"evaluate.py {arguments}", *words)
-
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    torch.save({"state_dict": state, "model": {"num_classes": 19, "backbone": "resnet18"},
-                "classes": [entry.name for entry in reversed(CLASSES)]}, tmp_path / "other.pt")
-    torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, tmp_path / "eleven.pt")
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    here = f"--ckpt {checkpoint} --data {toy}"
-    wrong(f"--data {toy}", "--ckpt")
-    wrong(f"--ckpt {tmp_path}/file --data {toy}", "file cannot be read")
-    wrong(f"--ckpt {tmp_path}/eleven.pt --data {toy}", "11 classes", "19")
-    wrong(f"--ckpt {tmp_path}/other.pt --data {toy}", "['bicycle', 'moto", "['road', 'sidewalk'")
-    wrong(f"{here} --scales -1", "--scales: -1 is not a number from 0.01 on")
-    wrong(f"{here} --scales nan", "nan is not a number")
-    wrong(f"{here} --split test", "no labels", "--save-ids")
-    wrong(f"--ckpt {checkpoint} --images {toy}", "--save-color")
-    wrong(f"--ckpt {checkpoint} --images {tmp_path}/empty --save-ids {tmp_path}/x", "no files")
-    wrong(f"{here} --save-ids {tmp_path}/a --save-color {tmp_path}/a/b", "--save-color must not")
-    wrong(f"{here} --save-ids {tmp_path}/file/ids", "file/ids")
-    wrong(f"{here} --workers 0 --json {tmp_path}", "Is a directory", str(tmp_path))
-    void = draw_cityscapes(tmp_path / "void", {"val": 1}, (32, 64))
-    Image.new("L", (64, 32)).save(next(void.glob("gtFine/val/*/*.png")))
-    wrong(f"--ckpt {checkpoint} --data {void} --workers 0", "nothing to score")
-    image = next(void.glob("leftImg8bit/val/*/*.png"))
-    wrong(f"--ckpt {checkpoint} --images {image} {image.parent} --save-ids {tmp_path}/x",
-          "would both be saved as")
+def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = draw_cityscapes("data/cityscapes", {"val": 1}, (32, 64))  # the default of --data
+    image = next(data.glob("leftImg8bit/val/*/*"))
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"classes": ["bicycle"] * 19}, "bicycles.pt")
+    torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, "eleven.pt")
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
+    command = f"evaluate.py --workers 0 --ckpt {checkpoint}"
+    mistake("evaluate.py", "--ckpt")
+    for arguments, *words in (
+            ("--ckpt cut.pt", "cut.pt", "cannot be read"),
+            ("--ckpt eleven.pt", "11"), ("--ckpt bicycles.pt", "bicycle"),
+            ("--data nowhere", "no images", "--data"),
+            ("--scales -1", "--scales: -1 is not a number from 0.01 on"),
+            ("--scales nan", "nan is not a number"), ("--workers -1", "--workers"),
+            ("--split test", "no labels", "--save-ids"), (f"--images {toy}", "--save-color"),
+            (f"--images {toy} --save-ids x", "no files"),
+            (f"--images {image} {image.parent} --save-ids x", "would both be saved as"),
+            ("--save-ids a --save-color a/b", "--save-color must not"),
+            ("--save-ids cut.pt/ids", "cut.pt/ids"), ("--json cut.pt/scores.json", "cut.pt"),
+            ("--json .", "Is a directory")):
+        mistake(f"{command} {arguments}", *words)
+    Image.new("L", (64, 32)).save(next(data.glob("gtFine/val/*/*")))
+    mistake(command, "nothing to score")
     image.write_bytes(image.read_bytes()[:200])
-    wrong(f"--ckpt {checkpoint} --data {void} --workers 1", f"cannot decode {image}")
+    mistake(f"{command} --workers 1", f"cannot decode {image}")
 
 
 def test_processes_that_were_given_different_things_say_what_differs(runs):
@@ -267,21 +247,21 @@ def test_processes_that_were_given_different_things_say_what_differs(runs):
 
 
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):
-    joined = []
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda **how: joined.append(how))
-    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}.items():
-        monkeypatch.setenv(name, value)
-    gpu = torch.device("cuda:1")
-    assert evaluate.start_process() == (gpu, 5, 6) and joined[0]["device_id"] == gpu
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    used, environment = [], {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}
+    monkeypatch.setattr("os.environ", environment)
+    monkeypatch.setattr("torch.cuda", SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 2, set_device=used.append))
+    monkeypatch.setattr("torch.distributed.init_process_group",
+                        lambda device_id, timeout: used.append(device_id))
+    evaluate.start_process()
+    assert used == [torch.device("cuda:1")] * 2
+    environment["LOCAL_RANK"] = "2"
     with pytest.raises(evaluate.DataError, match="more processes than GPUs.*--nproc_per_node=2"):
         evaluate.start_process()
 
 
-@pytest.mark.parametrize(("processes", "workers"), [("1", 4), ("8", 2), ("32", 1)])
-def test_processes_share_the_cores(monkeypatch, processes, workers):
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert evaluate.share_of_cores(4) == workers
+def test_processes_share_the_cores(monkeypatch):
+    for cores, processes, workers in ((16, 1, 4), (16, 8, 2), (2, 1, 2), (2, 4, 1)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert evaluate.share_of_cores(4) == workers
