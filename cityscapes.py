@@ -11,8 +11,8 @@ an endless stream of training samples.
 
 A train id is the number of a class, 0 to 18. The train id 255 is void: not trained, not scored. A
 picture is Pillow's, an image is a tensor, a label is a map of train ids. For other classes edit
-CLASSES. For other files write a class with len(dataset), dataset[i] as above and dataset.classes, a
-list of SceneClass. To save predictions it also needs dataset.name(i), a path without an ending.
+CLASSES. For other files write a class like Cityscapes, with classes (a list of SceneClass), len and
+[i]. To save predictions it also needs name(i), a relative path without an ending.
 """
 import argparse
 import glob
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 
 class SceneClass(NamedTuple):
-    id: int  # in the *_labelIds.png files, and what the test server wants
+    id: int  # the label id: in the *_labelIds.png files, and what the test server wants
     name: str
     category: str  # a group of classes, scored as a whole too
     color: tuple  # red, green, blue
@@ -79,17 +79,17 @@ def open_picture(path):
         with Image.open(path) as picture:
             picture.verify()  # the checksums of a PNG, which decoding leaves out
         with Image.open(path) as picture:
-            picture.load()
+            picture.load()  # into memory, before the file is closed
         return picture
     except Exception as error:  # Pillow raises almost anything
         raise DataError(f"cannot decode {path} ({error})") from error
 
 
 def read_image(path):
-    """An RGB picture, turned upright. Raises DataError for a damaged file, and over 8 bits."""
+    """An RGB picture, turned upright. Raises DataError for damaged files and deep pixels."""
     picture = open_picture(path)
     if picture.mode.startswith(("I", "F", "LAB")):
-        raise DataError(f"{path} has pixels of mode {picture.mode}: store it with 8 bits a channel")
+        raise DataError(f"{path} has mode {picture.mode}: store it as RGB, 8 bits a channel")
     with suppress(Exception):  # broken EXIF data do no harm to the pixels
         ImageOps.exif_transpose(picture, in_place=True)
     return picture.convert("RGB")
@@ -103,7 +103,7 @@ def read_label(path):
     ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
     if not set(ids) <= set(TRAIN_IDS):
         raise DataError(f"{path} is no map of label ids: not all of its values are ids, {ids}")
-    return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
+    return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])  # a table
 
 
 def paths_by_name(folder, ending):
@@ -188,15 +188,15 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than those of `index`
 
         # One would resize the photograph by a random scale, then crop. It is cheaper to resize only
-        # the box that the crop would show. With scale 2 and crop 512x1024 it has 256x512 pixels.
+        # the box that the crop shows (EXTENT). With scale 2 and crop 512x1024 it is 256x512 pixels.
         scale = rng.uniform(0.5, 2.0)
         height, width = self.crop_size
         box_height = min(height / scale, picture.height)
         box_width = min(width / scale, picture.width)
-        # The box fills the crop. A smaller scaled photograph is used whole, and padded below.
+        # (width, height): the crop's. A scaled photograph that is smaller is padded at the end.
         new_size = (round(box_width * scale), round(box_height * scale))
 
-        # No crop should be nearly all road: where one class has 75 % of the labelled pixels, draw
+        # No crop should be nearly all road: where one class has 75 % or more of the labels, draw
         # another box (mmsegmentation's cat_max_ratio). The eleventh is taken as it is.
         for _ in range(11):
             left = rng.uniform(0, picture.width - box_width)
@@ -219,13 +219,13 @@ class TrainingStream(Dataset):
         def sometimes(low, high, neutral):
             return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 
-        # Photometric distortion, in mmsegmentation's ranges (its hue of 18 is 36 degrees)
+        # Photometric distortion, in mmsegmentation's ranges (OpenCV's hue of 18 is 36 degrees)
         matrix = color_matrix(brightness=sometimes(-32, 32, 0), contrast=sometimes(0.5, 1.5, 1),
                               saturation=sometimes(0.5, 1.5, 1), hue=sometimes(-36, 36, 0))
-        new_picture = new_picture.convert("RGB", tuple(matrix.flatten()))
+        new_picture = new_picture.convert("RGB", tuple(matrix.flatten()))  # applies the matrix
 
         image, label = to_tensors((new_picture, new_label))
-        missing = (0, width - new_size[0], 0, height - new_size[1])  # at the right and the bottom
+        missing = (0, width - new_size[0], 0, height - new_size[1])  # left, right, top, bottom
         channels = [F.pad(image[c], missing, value=PADDING[c]) for c in range(3)]
         return torch.stack(channels), F.pad(label, missing, value=VOID)
 

@@ -79,14 +79,14 @@ def evaluate(net, dataset, device, predict_image, workers=4, save=None):
     the CPU, the same in each process. Every process must call it. It leaves net in eval mode.
 
     Of 2 processes and 8 images, process 0 has images 0, 2, 4, 6, process 1 has 1, 3, 5, 7: each is
-    seen exactly once. `net` is the plain network: DistributedDataParallel would wait in each
-    forward for processes that have no image left. predict_image(net, image) -> train ids (H, W).
+    seen exactly once. `net` is the plain network: in each forward DistributedDataParallel waits for
+    all processes, and one may have no image left. predict_image(net, image) -> train ids (H, W).
     save(i, image, prediction), if given, is called for each image i. Raises DataError for labels
     with other values than train ids and VOID."""
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, share), num_workers=workers,
-                        batch_size=None, collate_fn=to_tensors)  # one pair at a time
+                        batch_size=None, collate_fn=to_tensors)  # no batches, single pairs
     bar = tqdm(loader, "evaluating", unit=" images", leave=False,
                disable=None if rank == 0 else True)  # None: shown in a terminal only
     num_classes = len(dataset.classes)
@@ -119,7 +119,7 @@ def scores_of(matrix, classes):
     iou = intersection_over_union(matrix)
     accuracy = matrix.diag() / matrix.sum(dim=1)
     categories = list(dict.fromkeys(entry.category for entry in classes))  # unique, in order
-    # (classes, categories), 0 or 1: a product with it adds up what belongs to each category
+    # (classes, categories), 0 or 1. member.T @ matrix adds up rows by category, @ member columns.
     member = torch.tensor([[entry.category == c for c in categories] for entry in classes]).double()
     category_iou = intersection_over_union(member.T @ matrix @ member)
 
@@ -167,7 +167,7 @@ def tiled_probabilities(net, images, tile):
     count = torch.zeros(height, width, device=images.device)  # of the tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
-            window = np.s_[..., top: top + tile_height, left: left + tile_width]  # on H and W
+            window = np.s_[..., top: top + tile_height, left: left + tile_width]  # of H and W
             logits, _ = net(images[window])
             total[window] += logits.softmax(dim=1)
             count[window] += 1
@@ -216,15 +216,15 @@ def start_process():
         torch.cuda.set_device(device)
     if world > 1:  # Without device_id NCCL, which connects GPUs, would guess one.
         dist.init_process_group(device_id=device if device.type == "cuda" else None,
-                                timeout=timedelta(minutes=30))  # process 0 may download weights
+                                timeout=timedelta(minutes=30))  # in train.py 0 may download weights
     return device, rank, world
 
 
 def compare_processes(**settings):
     """Raises DataError, in every process, unless all have the same settings. On two machines
-    options and files may differ, and one result would be made of two."""
+    options and files may differ, and the result would mix them."""
     _, world = rank_and_world()
-    everyones = [settings] * world
+    everyones = [settings] * world  # replaced below
     if world > 1:
         dist.all_gather_object(everyones, settings)
     differing = [key for key in settings if any(other[key] != settings[key] for other in everyones)]
@@ -329,7 +329,7 @@ def main():
                 continue
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
             save_prediction(image, predict_image(net, image.to(device)), name, args)
-        if world > 1:  # the sum; and all wait here, as torchrun ends all processes when one fails
+        if world > 1:  # All wait here, as torchrun ends all processes at the first error.
             dist.all_reduce(unreadable)
         if unreadable > 0:
             raise DataError(f"{unreadable} files could not be read")

@@ -33,7 +33,7 @@ def shortcut(in_channels, out_channels, stride):
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
-    H/stride, W/stride). Only the first convolution is dilated, as in mmsegmentation."""
+    H/stride, W/stride). Only the first is dilated (see ResNet), as in mmsegmentation."""
 
     expansion = 1  # output channels divided by `channels`
 
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
 
 TORCHVISION = "https://download.pytorch.org/models/"
 OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks in each stage, is the stem deep (V1c), ImageNet weights
+BACKBONES = {  # block, blocks in each stage, a deep stem (V1c: see ResNet), ImageNet weights
     "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
     "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
     "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
@@ -101,8 +101,8 @@ class ResNet(nn.Module):
     So neighbouring positions are closer together in the image than the ImageNet weights expect: by
     a factor of 2 in stage 3, of 4 in stage 4. A 3x3 convolution of dilation 2 or 4 reads every
     second or fourth position, and spans the old distance. The first block of a stage reads the
-    output of the stage before, and has its dilation (as in torchvision and mmsegmentation). The
-    stem is one 7x7 convolution, in the variant V1c three 3x3 convolutions (a "deep" stem)."""
+    stage before, whose spacing is another, so it has the dilation of that stage (as in torchvision
+    and mmsegmentation). The stem is a 7x7 convolution, in the variant V1c three 3x3 (deep)."""
 
     def __init__(self, name):
         super().__init__()
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
 
 class ConvBNReLU(nn.Sequential):
     """Convolution of stride 1 that keeps the size, batch norm, ReLU. nn.Sequential has a forward of
-    its own. It runs the modules in the order in which they were set here."""
+    its own. It runs the modules in the order in which they are assigned here."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -157,8 +157,8 @@ class ConvBNReLU(nn.Sequential):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
-    num_classes, h, w). Each number k in `bins` is a level of the pyramid. It averages x over a grid
-    of k x k regions. With bins=() there is no pyramid."""
+    num_classes, h, w). Each number k in `bins` is a level of the pyramid, which averages x over a
+    grid of k x k regions. With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -201,9 +201,9 @@ class PSPNet(nn.Module):
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
     In eval mode aux_logits are None. In train mode, with 1 among the bins, B must be 2 or more:
-    that level gives batch norm one value per image. Weights start at random, as in mmsegmentation
-    1.2.2: convolutions Kaiming normal over the fan out, classifiers N(0, 0.01^2) with bias 0.
-    `load_backbone` brings ImageNet's weights."""
+    that level has one value per channel and image, and batch norm needs two. Weights start at
+    random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan out, classifiers
+    N(0, 0.01^2) with bias 0. `load_backbone` brings ImageNet's weights."""
 
     Head = PyramidHead  # FastPSPNet has another Head, and another `upsample`
 
@@ -235,8 +235,7 @@ class PSPNet(nn.Module):
         return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
     def normalize(self, images):
-        """Values of 0..255 -> standard deviations from the mean, in the weights' dtype. (MEAN and
-        STD are not buffers, because mmsegmentation's files don't hold them.)"""
+        """Values of 0..255 -> standard deviations from the mean, in the weights' dtype."""
         images = images.to(self.decode_head.conv_seg.weight.dtype)
         channels = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
         return torch.stack(channels, dim=1)
@@ -247,11 +246,11 @@ class PSPNet(nn.Module):
 
 def region_matrix(k, length, like):
     """M, (k, length), in the dtype and on the device of `like`: M[m, r] is 1 where position r lies
-    in region m, else 0. Of k regions of an axis region m goes from floor(m length / k) to before
-    ceil((m + 1) length / k), as in nn.AdaptiveAvgPool2d."""
+    in region m, else 0. Region m of the k regions of an axis starts at floor(m length / k) and ends
+    before ceil((m + 1) length / k), as in nn.AdaptiveAvgPool2d."""
     m = torch.arange(k, device=like.device)[:, None]
     r = torch.arange(length, device=like.device)
-    inside = (m * length // k <= r) & (r * k < (m + 1) * length)
+    inside = ((m * length) // k <= r) & (r * k < (m + 1) * length)  # r < ceil(a / k): r k < a
     return inside.to(like.dtype)
 
 
@@ -261,7 +260,7 @@ def interpolation_matrix(cells, length, like):
     dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot hold 256.5
     r = torch.arange(length, dtype=dtype, device=like.device)[:, None]
     m = torch.arange(cells, dtype=dtype, device=like.device)
-    position = (r + 0.5) * cells / length - 0.5  # of r, counted in cells
+    position = (r + 0.5) * cells / length - 0.5  # of r's center, in cells
     distance = (position.clamp(0, cells - 1) - m).abs()
     return (1 - distance).clamp(min=0).to(like.dtype)
 
@@ -280,7 +279,8 @@ class FastPyramidHead(PyramidHead):
     A convolution of concatenated channels is the sum of one convolution per part. So take one level
     p, k x k cells in each channel i, and its part W of the weight. Stretched to h x w, channel i is
     at row r and column c the sum over m and n of R[r, m] p[i, m, n] S[c, n], with the interpolation
-    matrices R of h and S of w. The 3x3 convolution sums nine shifts (u, v = 0, 1, 2) of it:
+    matrices R of h and S of w. The 3x3 convolution sums nine shifts (u, v = 0, 1, 2) of it, where R
+    and S are 0 beyond the ends:
 
         y[o, r, c] = sum over i, u, v, m, n of
                      R[r + u - 1, m]  W[o, i, u, v]  p[i, m, n]  S[c + v - 1, n]
@@ -299,12 +299,12 @@ class FastPyramidHead(PyramidHead):
         return self.conv_seg(self.dropout(y))
 
     def convolve_levels(self, x, weights):
-        """The y of the formula, summed over the levels: (B, o, h, w). What is as large as x is read
-        once for all levels. Channels are last, as they are in x's memory."""
+        """The y of the formula, summed over the levels: (B, o, h, w). Only step 3 makes something
+        as large as y, once for all levels. Channels are last: fast where x is channels_last."""
         h, w = x.shape[2:]
         lefts, rights = [], []  # of the last product, by level
         levels = zip(self.bins, self.pool(x), self.psp_modules, weights, strict=True)
-        for k, means, (_, conv_bn_relu), W in levels:  # _ is the textbook's pooling
+        for k, means, (_, conv_bn_relu), W in levels:  # _: nn.AdaptiveAvgPool2d, not used
             p = conv_bn_relu(means)  # (B, i, m, n)
             Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. the sum over i: (B, u, m, v, n, o)
             Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o)
@@ -313,7 +313,7 @@ class FastPyramidHead(PyramidHead):
             lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
             rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
         # 3. the sum over v and n, and over the levels, which stand side by side
-        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
+        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (c, K) @ (B, r, K, o)
         return y.permute(0, 3, 1, 2)
 
     def pool(self, x):
@@ -334,7 +334,7 @@ class FastPyramidHead(PyramidHead):
 
 
 class FastPSPNet(PSPNet):
-    """The same function as PSPNet: faster, and without operations that CUDA does not repeat."""
+    """The same function as PSPNet: faster, and on CUDA with the same gradients in every run."""
 
     Head = FastPyramidHead
 
@@ -382,7 +382,7 @@ def shapes(state):
 def load_net(path):
     """The FastPSPNet that a checkpoint holds, on the CPU, in eval mode, in float32. Its attribute
     class_names is a list, or None where the checkpoint has none. A checkpoint of train.py has the
-    arguments of PSPNet in "model"; in one of mmsegmentation the shapes tell which network it is.
+    arguments of PSPNet in "model"; in one of mmsegmentation the shapes tell the backbone.
 
     Raises OSError, and CheckpointError for every other file, also for mmsegmentation's PSPNets of
     output stride 32 and of align_corners=True (crop 769x769), although their weights would fit."""

@@ -9,7 +9,7 @@ pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. REA
 differs from the paper's. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON every 10 iterations, and for each start and validation
+    log.jsonl           a line of JSON every 10 iterations, and per save, start and validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. --resume goes on from last.pt, with the same samples, momentum
@@ -52,7 +52,7 @@ def segmentation_loss(logits, label):
 
     The sum over the labelled pixels is divided by the number of ALL pixels (mmsegmentation's
     avg_non_ignore=False). So a batch that is all void gives 0, not 0/0. And as every process
-    divides by the same number, the mean of their losses is the loss of the whole batch."""
+    divides by the same number, the mean of their losses is that of the whole batch."""
     return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
 
 
@@ -107,7 +107,7 @@ def main():
         train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra")])
         train_set.classes = val_set.classes
     class_names = [entry.name for entry in val_set.classes]
-    # What a resumed run must have as before: all options but for those that leave the weights alone
+    # What must not change in a resumed run: all options but those that do not affect the weights
     not_recipe = ("data", "out", "workers", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in not_recipe}
     recipe.update(images=len(train_set), classes=class_names)
@@ -115,7 +115,7 @@ def main():
     # The network: `net` is the plain one, evaluated and saved; `model` is net wrapped for training.
     torch.manual_seed(args.seed % 2**32)
     net = FastPSPNet(len(class_names), args.backbone, args.bins)
-    if world > 1 and device.type != "cpu":  # statistics of the whole batch, not of one image
+    if world > 1 and device.type != "cpu":  # statistics of all processes' images
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fast
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
@@ -127,7 +127,7 @@ def main():
     start, best_miou = 0, -1.0
     if args.resume and saved:
         start, best_miou = restore(saved[0], recipe, net, optimizer, scaler)
-    elif rank == 0:  # DistributedDataParallel hands its weights to the other processes
+    elif rank == 0:  # DistributedDataParallel, below, copies them to the other processes
         load_first_weights(net, args, class_names)
     compare_processes(start=start, **recipe)  # an error where two machines got different options
     model = torch.compile(net) if args.compile else net  # The weights are those of net.
@@ -139,7 +139,7 @@ def main():
               f"{len(val_set)} to validate, iterations {start} to {args.iters}", flush=True)
         write_log(out, "start", start, processes=world, device=str(device), **recipe)
 
-    # Iteration i has the samples from i * batch_size on. Of two processes each has every second.
+    # Iteration i has the samples from i * batch_size on. Of two processes 0 has the even ones.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -153,15 +153,15 @@ def main():
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Dropout gets a seed of its own in each iteration, so that a resumed run has the same.
+        # Dropout gets a seed of its own in each iteration and process: a resumed run has the same.
         torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**32)
 
         with autocast(device, args.precision):
             logits, aux_logits = model(image)
             loss = segmentation_loss(logits, label)
             loss = loss + 0.4 * segmentation_loss(aux_logits, label)  # section 3.3
-        scaler.scale(loss).backward()  # in fp16 small gradients would be 0; else it does nothing
-        scaler.step(optimizer)
+        scaler.scale(loss).backward()  # for fp16, where small gradients would be 0
+        scaler.step(optimizer)  # scales back; leaves out a step that is not finite
         scaler.update()
         optimizer.zero_grad()
 

@@ -1,5 +1,4 @@
-"""Scores against mmsegmentation's numbers and the official rules, protocols against their
-definitions, and the script itself."""
+"""Scores and protocols against their definitions, and the script itself."""
 import json
 import math
 import os
@@ -53,10 +52,10 @@ def runs(beside, toy, checkpoint, tmp_path_factory):
            f"--save-color {folder}/color --json {folder}/new/scores.json")
     photographs = (f"{command} --images {photos} {folder}/missing.jpg --save-ids {folder}/photo-ids"
                    f" --save-color {folder}/photo-color")  # it prints names which pytest could not
+    differing = ["", f"--flip --ckpt {folder}/other.pt"]
     return SimpleNamespace(
         folder=folder, two=beside(run_script, two, 2), photographs=beside(run_script, photographs),
-        different=beside(run_differently, command, ["", f"--flip --ckpt {folder}/other.pt"],
-                         folder))
+        different=beside(run_differently, command, differing, folder))
 
 
 def pngs(folder, pattern):
@@ -75,23 +74,21 @@ def test_scores_equal_mmsegmentations(case):
             "aAcc": scores["pixel_accuracy"], "IoU": [row["iou"] for row in scores["classes"]],
             "Acc": [row["accuracy"] for row in scores["classes"]]}
     for name, values in ours.items():
-        values, theirs = np.array(values, float), recorded["mmseg"][name]  # None becomes NaN
-        assert np.allclose(values, theirs, rtol=0, atol=1e-6, equal_nan=True)
+        values = np.array(values, float)  # None becomes NaN
+        assert np.allclose(values, recorded["mmseg"][name], rtol=0, atol=1e-6, equal_nan=True)
 
 
 def test_confusion_equals_a_double_loop():
     label, prediction = NOISE[0], NOISE[1] % 19
     expected = np.zeros((256, 19), int)
-    for y in range(35):
-        for x in range(53):
-            expected[label[y, x], prediction[y, x]] += 1
+    for y, x in np.ndindex(35, 53):
+        expected[label[y, x], prediction[y, x]] += 1
     assert np.array_equal(confusion(label, prediction, 19), expected)
 
 
 def test_two_classes_of_one_name_are_two_rows_and_one_category_is_one():
-    vegetation, building = CLASSES[8], CLASSES[2]
-    matrix = torch.tensor([[3, 0, 1], [0, 2, 0], [2, 0, 4]])
-    scores = scores_of(matrix, [vegetation, building, vegetation])
+    classes = [CLASSES[8], CLASSES[2], CLASSES[8]]
+    scores = scores_of(torch.tensor([[3, 0, 1], [0, 2, 0], [2, 0, 4]]), classes)
     rows = [(row["name"], row["iou"]) for row in scores["classes"] + scores["categories"]]
     assert rows == [("vegetation", 3 / 6), ("building", 1), ("vegetation", 4 / 7),
                     ("nature", 1), ("construction", 1)]
@@ -120,8 +117,8 @@ def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options, s
 
 def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
     """mmsegmentation (SegTTAModel): logits at the scaled size, mirrored back, resized to the image,
-    softmax, mean. In float64, where no two sums tie."""
-    net, total = load_net(checkpoint).double(), 0
+    softmax, mean."""
+    net, total = load_net(checkpoint), 0
     for scale in (0.5, 1.25):
         size = (round(35 * scale), round(53 * scale))
         scaled = F.interpolate(NOISE[None].float(), size, mode="bilinear")
@@ -151,9 +148,8 @@ def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, 
 
 
 def official_iou(truth, prediction, ids):
-    """cityscapesScripts' IoU of a class, or of a category as one, by label ids: its hits, over
-    those and its misses and its false alarms where the truth is of an evaluated class.
-    (evalPixelLevelSemanticLabeling.py, getIouScoreFor...)"""
+    """cityscapesScripts' rule (getIouScoreForLabel, getIouScoreForCategory): hits, over those and
+    misses and false alarms where the truth is of an evaluated class."""
     true, predicted = np.isin(truth, ids), np.isin(prediction, ids)
     total = (np.isin(truth, IDS) & (true | predicted)).sum()
     return (true & predicted).sum() / total if total else None
@@ -177,7 +173,6 @@ def test_script_scores_by_the_official_rules_what_it_saves(toy, runs):
 
 
 def test_two_processes_give_the_scores_of_one_by_the_protocol_that_they_name(toy, checkpoint, runs):
-    """5 images, which 2 doesn't divide."""
     net = load_net(checkpoint).to(memory_format=torch.channels_last)
     matrix = evaluate.evaluate(net, Cityscapes(toy, "val"), torch.device("cpu"),
                                lambda net, image: predict_averaged(net, image, **PROTOCOL), 0)
@@ -202,7 +197,7 @@ def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(runs):
 
 def test_values_that_are_not_finite_are_no_prediction(toy, tmp_path, checkpoint, mistake):
     for value, precision in ((math.nan, "fp32"), (math.inf, "fp32"), (1e6, "fp16")):
-        content = torch.load(checkpoint, weights_only=True)
+        content = torch.load(checkpoint)
         content["state_dict"]["decode_head.bottleneck.bn.weight"].fill_(value)
         torch.save(content, tmp_path / "broken.pt")
         for pictures in (f"--data {toy}", f"--images {toy}/leftImg8bit/val/toytown0"):
@@ -215,16 +210,14 @@ def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake, monk
     monkeypatch.chdir(tmp_path)
     data = draw_cityscapes("data/cityscapes", {"val": 1}, (32, 64))  # the default of --data
     image = next(data.glob("leftImg8bit/val/*/*"))
-    content = torch.load(checkpoint, weights_only=True)
-    torch.save(content | {"classes": ["bicycle"] * 19}, "bicycles.pt")
+    torch.save(torch.load(checkpoint) | {"classes": ["bicycle"] * 19}, "other.pt")
     torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, "eleven.pt")
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
     command = f"evaluate.py --workers 0 --ckpt {checkpoint}"
     mistake("evaluate.py", "--ckpt")
     for arguments, *words in (
-            ("--ckpt cut.pt", "cut.pt", "cannot be read"),
-            ("--ckpt eleven.pt", "11"), ("--ckpt bicycles.pt", "bicycle"),
-            ("--data nowhere", "no images", "--data"),
+            ("--ckpt cut.pt", "cut.pt", "cannot be read"), ("--ckpt eleven.pt", "11"),
+            ("--ckpt other.pt", "bicycle"), ("--data nowhere", "no images", "--data"),
             ("--scales -1", "--scales: -1 is not a number from 0.01 on"),
             ("--scales nan", "nan is not a number"), ("--workers -1", "--workers"),
             ("--split test", "no labels", "--save-ids"), (f"--images {toy}", "--save-color"),
