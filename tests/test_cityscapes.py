@@ -27,9 +27,6 @@ def stream_of(image, label, crop_size, seed=0):
     return TrainingStream(OneImage([pair]), crop_size, seed)
 
 
-# Classes and files ------------------------------------------------------------------------------
-
-
 def test_classes_and_train_ids_equal_the_official_table():
     with open(TESTS / "cityscapes_labels.csv") as file:
         rows = list(csv.DictReader(file))
@@ -127,9 +124,6 @@ def test_test_labels_are_void_and_coarse_labels_are_read(tmp_path):
     assert (void == VOID).all() and np.array_equal(coarse, read_label(path))
 
 
-# The stream: a pure function of (seed, k) -------------------------------------------------------
-
-
 @pytest.mark.usefixtures("all_cores")
 def test_samples_do_not_depend_on_workers_threads_or_what_was_read_before(toy):
     stream = TrainingStream(Cityscapes(toy, "train"), (48, 80), seed=3)
@@ -151,9 +145,6 @@ def test_every_epoch_is_another_permutation_of_all_images():
     epochs = np.reshape([stream.index(k) for k in range(160)], (20, 8))
     assert (np.sort(epochs) == range(8)).all()
     assert len(np.unique(epochs, axis=0)) == 20
-
-
-# The stream: geometry ---------------------------------------------------------------------------
 
 
 def test_a_crop_is_the_bilinear_interpolation_of_the_box_that_the_recipe_draws(monkeypatch):
@@ -203,9 +194,6 @@ def test_images_of_any_size_are_padded_with_the_undistorted_mean_color_and_void(
         assert (image[:, label == VOID].T == torch.tensor([124, 116, 104])).all()
 
 
-# The stream: colors -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("values", "expected"), [
     ({"brightness": 20}, lambda rgb, grey: rgb + 20),
     ({"contrast": 1.3}, lambda rgb, grey: 1.3 * rgb),
@@ -249,9 +237,6 @@ def test_own_labels_may_have_a_palette_but_no_value_that_is_no_class():
     dataset.classes = CLASSES[:2]
     with pytest.raises(DataError, match="2 classes"):
         stream[0]
-
-
-# python cityscapes.py ---------------------------------------------------------------------------
 
 
 def test_a_wrong_folder_crop_or_sheet_is_a_sentence(tmp_path, toy, mistake):

@@ -25,11 +25,10 @@ def steps(device, precision):
     from pspnet import FastPSPNet
     from train import segmentation_loss
     torch.manual_seed(0)
-    net = FastPSPNet(backbone="resnet18").train()
+    net = FastPSPNet(backbone="resnet18").to(device, memory_format=torch.channels_last)
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0  # differs between devices
     images = torch.randint(256, (4, 3, 96, 160), dtype=torch.uint8).to(device)
     labels = torch.randint(19, (4, 96, 160)).to(device)
-    net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     losses = []
@@ -55,8 +54,7 @@ def start(folder, *torchrun):
 def check_steps_equal_the_cpus(_):
     expected, _ = steps(torch.device("cpu"), "fp32")
     for precision, tolerance in (("fp32", 2e-3), ("bf16", 3e-2), ("fp16", 1e-2)):
-        losses, _ = steps(DEVICE, precision)
-        assert losses == pytest.approx(expected, rel=tolerance), precision
+        assert steps(DEVICE, precision)[0] == pytest.approx(expected, rel=tolerance), precision
 
 
 def check_the_same_bytes_twice(_):
@@ -68,27 +66,25 @@ def check_the_same_bytes_twice(_):
 
 
 def check_a_resumed_run_has_the_same_bytes(folder):
-    one, killed, last = start(folder / "one"), start(folder / "killed"), folder / "killed/last.pt"
-    while not last.exists():
-        assert killed.poll() is None
+    one, last = folder / "one/last.pt", folder / "killed/last.pt"
+    killed = start(last.parent)
+    while not last.exists() and killed.poll() is None:  # until it saves
         time.sleep(0.01)
     killed.kill()
-    assert killed.wait() != 0 and torch.load(last, weights_only=True)["step"] < 6
-    assert one.wait() == start(folder / "killed").wait() == 0
-    weights, resumed = (torch.load(path, weights_only=True)["state_dict"].values()
-                        for path in (folder / "one/last.pt", last))
+    assert killed.wait() != 0 and torch.load(last)["step"] < 6
+    assert start(last.parent).wait() == start(one.parent).wait() == 0
+    weights, resumed = (torch.load(path)["state_dict"].values() for path in (one, last))
     assert all(map(torch.equal, weights, resumed))
 
 
 def check_two_gpus_give_the_losses_of_one(folder):
-    """Nearly: each GPU drops other channels."""
     losses = []
-    for gpus in "12":
+    for gpus in ("1", "2"):
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={gpus}".split()
         assert start(folder / gpus, *torchrun).wait() == 0
         events = map(json.loads, (folder / gpus / "log.jsonl").read_text().splitlines())
         losses.append([event["loss"] for event in events if event["event"] == "train"])
-    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)  # each drops other channels
 
 
 def run(*words):
@@ -100,9 +96,7 @@ def run(*words):
 
 @pytest.fixture(scope="module")
 def gpus():
-    """How many GPUs there are."""
-    count = "import torch\nprint(torch.cuda.device_count())"
-    return int(run("-c", count).stdout) if torch.backends.cuda.is_built() else 0
+    return int(run("-c", "import torch\nprint(torch.cuda.device_count())").stdout)
 
 
 @pytest.mark.parametrize("name", [name for name in globals() if name.startswith("check_")])
