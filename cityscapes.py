@@ -11,8 +11,8 @@ an endless stream of training samples.
 
 A train id is the number of a class, 0 to 18. The train id 255 is void: not trained, not scored. A
 picture is Pillow's, an image is a tensor, a label is a map of train ids. For other classes edit
-CLASSES. For other files write a class like Cityscapes, with classes (a list of SceneClass), len and
-[i]. To save predictions it also needs name(i), a relative path without an ending.
+CLASSES. For other files write a class like Cityscapes: made of (root, split), with len, [i] and, in
+the class itself, classes. To save predictions it also needs name(i), a path without an ending.
 """
 import argparse
 import glob
@@ -132,10 +132,10 @@ class Cityscapes(Dataset):
                             "in which the official archives were unpacked")
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         self.label_paths = paths_by_name(Path(root, kind, split), f"_{kind}_labelIds.png")
-        single = sorted(self.image_paths.keys() ^ self.label_paths.keys())
-        if single and split != "test":
-            raise DataError(f"{len(single)} names of {split} have an image without a label, or a "
-                            f"label without an image; the first is {single[0]}")
+        unpaired = sorted(self.image_paths.keys() ^ self.label_paths.keys())
+        if unpaired and split != "test":
+            raise DataError(f"{len(unpaired)} names of {split} have an image without a label, or a "
+                            f"label without an image; the first is {unpaired[0]}")
 
     def __len__(self):
         return len(self.names)
@@ -185,7 +185,7 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, k):
         picture, label = self.dataset[self.index(k)]
-        rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than those of `index`
+        rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than in `index`
 
         # One would resize the photograph by a random scale, then crop. It is cheaper to resize only
         # the box that the crop shows (EXTENT). With scale 2 and crop 512x1024 it is 256x512 pixels.
@@ -206,7 +206,7 @@ class TrainingStream(Dataset):
                                         Image.Resampling.NEAREST)
             pixels = new_label.histogram()[:VOID]  # of each class, not of void
             if max(pixels) < 0.75 * sum(pixels):
-                break
+                break  # Keep this box.
         if any(pixels[len(self.dataset.classes):]):
             raise DataError(f"label {self.index(k)} has values that are neither one of the "
                             f"{len(self.dataset.classes)} classes nor {VOID}, void")

@@ -63,7 +63,7 @@ def argmax_class(scores):
 def confusion(label, prediction, num_classes):
     """Pixels by truth (row) and prediction (column): train ids, uint8, both of the same shape ->
     (256, num_classes), int64. A label 3 predicted as 5 counts at [3, 5]. Row 255 is void."""
-    # One number for each pair (truth, prediction), to count with bincount; uint8 would overflow.
+    # One number for each pair (truth, prediction), to count with bincount. (int: uint8 overflows.)
     pairs = label.int() * num_classes + prediction
     return torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, num_classes)
 
@@ -83,7 +83,7 @@ def evaluate(net, dataset, device, predict_image, workers=4, save=None):
     all processes, and one may have no image left. predict_image(net, image) -> train ids (H, W).
     save(i, image, prediction), if given, is called for each image i. Raises DataError for labels
     with other values than train ids and VOID."""
-    rank, world = rank_and_world()
+    rank, world = rank_and_world()  # the number of this process, of how many
     share = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, share), num_workers=workers,
                         batch_size=None, collate_fn=to_tensors)  # no batches, single pairs

@@ -274,7 +274,7 @@ def with_neighbours(matrix):
 
 
 class FastPyramidHead(PyramidHead):
-    """The same function as PyramidHead, for half its arithmetic.
+    """The same function as PyramidHead, for half its arithmetic (a fifth of the network's).
 
     A convolution of concatenated channels is the sum of one convolution per part. So take one level
     p, k x k cells in each channel i, and its part W of the weight. Stretched to h x w, channel i is
@@ -308,7 +308,7 @@ class FastPyramidHead(PyramidHead):
             p = conv_bn_relu(means)  # (B, i, m, n)
             Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. the sum over i: (B, u, m, v, n, o)
             Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o)
-            R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m)
+            R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m): R[r + u - 1, m]
             RWp = R @ Wp  # 2. the sum over u and m: (B, r, v n o)
             lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
             rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
@@ -317,8 +317,8 @@ class FastPyramidHead(PyramidHead):
         return y.permute(0, 3, 1, 2)
 
     def pool(self, x):
-        """x (B, C, h, w) -> a list with the means of each level's regions, (B, C, k, k). The sums
-        are products with 0 and 1, which bfloat16 holds exactly; 1 / 3 it does not."""
+        """x (B, C, h, w) -> a list with the means of each level's regions, (B, C, k, k). Sums are
+        products with 0 and 1, and divided afterwards: bfloat16 holds 1 exactly, but not 1 / 3."""
         h, w = x.shape[2:]
         x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
         rows = torch.cat([region_matrix(k, h, x) for k in self.bins])  # (1 + 2 + 3 + 6, h)

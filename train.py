@@ -96,7 +96,7 @@ def parse_args(device, world):
 
 
 def main():
-    device, rank, world = start_process()  # this process: its GPU, its number, of how many
+    device, rank, world = start_process()  # this process: its GPU or CPU, its number, of how many
     args = parse_args(device, world)
     out = Path(args.out)
     if rank == 0 and out.exists() and not args.resume:
@@ -107,7 +107,7 @@ def main():
         train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra")])
         train_set.classes = val_set.classes
     class_names = [entry.name for entry in val_set.classes]
-    # What must not change in a resumed run: all options but those that do not affect the weights
+    # The recipe: what the weights depend on. A resumed run must have the same.
     not_recipe = ("data", "out", "workers", "val_every", "save_every", "resume")
     recipe = {name: value for name, value in vars(args).items() if name not in not_recipe}
     recipe.update(images=len(train_set), classes=class_names)
@@ -130,7 +130,7 @@ def main():
     elif rank == 0:  # DistributedDataParallel, below, copies them to the other processes
         load_first_weights(net, args, class_names)
     compare_processes(start=start, **recipe)  # an error where two machines got different options
-    model = torch.compile(net) if args.compile else net  # The weights are those of net.
+    model = torch.compile(net) if args.compile else net  # It has net's weights.
     if world > 1:  # Backward averages the gradients, so that all processes take the same step.
         model = DistributedDataParallel(model)
     if rank == 0:
