@@ -135,9 +135,9 @@ def run(toy, out, processes, killed=False):
         while not (out / "last.pt").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        pids = [process.pid, *map(int, children.split())]
-        os.kill(pids[-1], signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(process.pid if processes == 1 else int(ranks[-1]), signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == (-signal.SIGKILL if killed and processes == 1 else 0), stderr
     return SimpleNamespace(out=out, stdout=stdout, stderr=stderr)
