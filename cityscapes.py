@@ -193,7 +193,7 @@ class TrainingStream(Dataset):
         height, width = self.crop_size
         box_height = min(height / scale, picture.height)
         box_width = min(width / scale, picture.width)
-        # (width, height): the crop's. A scaled photograph that is smaller is padded at the end.
+        # (width, height): the crop's, or less where the scaled photograph is smaller (padded below)
         new_size = (round(box_width * scale), round(box_height * scale))
 
         # No crop should be nearly all road: where one class has 75 % or more of the labels, draw
@@ -241,7 +241,7 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     angle = math.radians(hue)
     to_grey = np.full((3, 3), 1 / 3)  # a color -> the grey of the same mean
     difference = np.eye(3) - to_grey  # a color -> how it differs from that grey
-    # A color -> its difference, turned by 90 degrees around the grey axis (a cross product)
+    # The cross product of (1, 1, 1) / sqrt(3) and a color: its difference, turned by 90 degrees
     quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turned = math.cos(angle) * difference + math.sin(angle) * quarter_turn
     matrix = contrast * (to_grey + saturation * turned)

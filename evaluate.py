@@ -83,7 +83,7 @@ def evaluate(net, dataset, device, predict_image, workers=4, save=None):
     all processes, and one may have no image left. predict_image(net, image) -> train ids (H, W).
     save(i, image, prediction), if given, is called for each image i. Raises DataError for labels
     with other values than train ids and VOID."""
-    rank, world = rank_and_world()  # the number of this process, of how many
+    rank, world = rank_and_world()  # torchrun runs `world` copies of the program: this is `rank`
     share = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, share), num_workers=workers,
                         batch_size=None, collate_fn=to_tensors)  # no batches, single pairs

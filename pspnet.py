@@ -100,9 +100,9 @@ class ResNet(nn.Module):
     In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they don't.
     So neighbouring positions are closer together in the image than the ImageNet weights expect: by
     a factor of 2 in stage 3, of 4 in stage 4. A 3x3 convolution of dilation 2 or 4 reads every
-    second or fourth position, and spans the old distance. The first block of a stage reads the
-    stage before, whose spacing is another, so it has the dilation of that stage (as in torchvision
-    and mmsegmentation). The stem is a 7x7 convolution, in the variant V1c three 3x3 (deep)."""
+    second or fourth position, and spans the old distance. The first block of a stage still reads
+    the stage before, so it keeps that stage's dilation: 1 in stage 3, 2 in stage 4 (as in
+    torchvision and mmsegmentation). The stem is a 7x7 convolution, in V1c three 3x3 (deep)."""
 
     def __init__(self, name):
         super().__init__()
@@ -307,13 +307,13 @@ class FastPyramidHead(PyramidHead):
         for k, means, (_, conv_bn_relu), W in levels:  # _: nn.AdaptiveAvgPool2d, not used
             p = conv_bn_relu(means)  # (B, i, m, n)
             Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. the sum over i: (B, u, m, v, n, o)
-            Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o)
+            Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o): "u m" is one axis, of 3 k
             R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m): R[r + u - 1, m]
             RWp = R @ Wp  # 2. the sum over u and m: (B, r, v n o)
             lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
             rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
-        # 3. the sum over v and n, and over the levels, which stand side by side
-        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (c, K) @ (B, r, K, o)
+        # 3. the sum over v, n and levels, side by side (one axis, K): (c, K) @ (B, r, K, o)
+        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
         return y.permute(0, 3, 1, 2)
 
     def pool(self, x):
