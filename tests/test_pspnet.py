@@ -65,6 +65,9 @@ def test_training_losses_gradients_and_statistics_equal_mmsegmentations(backbone
     norms = expected["grad_norm_all"]
     for name, p in net.named_parameters():
         assert abs(p.grad.norm() - norms[name]) < 1e-9 * max(norms.values()), name
+    for name, gradient in expected["grads"].items():
+        difference = net.get_parameter(name).grad.flatten()[:64] - gradient["first64"]
+        assert difference.abs().max() < 1e-9 * gradient["norm"], name
     for name, statistic in expected["running_after"].items():
         assert relative_error(net.get_buffer(name), statistic) < 1e-9, name
 
