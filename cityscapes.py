@@ -2,32 +2,31 @@
 an endless stream of training samples.
 
     dataset = Cityscapes("data/cityscapes", "val")
-    picture, label = dataset[0]  # of Pillow: RGB, and train ids in one channel, 2048 x 1024 pixels
+    picture, label = dataset[0]  # pictures of Pillow: RGB; train ids in one channel; 2048 x 1024
     stream = TrainingStream(Cityscapes("data/cityscapes", "train"), crop_size=(512, 1024), seed=0)
     image, label = stream[12345]  # uint8 tensors: (3, 512, 1024), (512, 1024), augmented
 
-    python cityscapes.py --data DIR          # images per split, and a sheet of training samples
+    python cityscapes.py --data DIR          # counts the photographs, draws training samples
     python cityscapes.py --data DIR --check  # decodes all files first, and lists what is wrong
 
-A train id is the number of a class, 0 to 18. The train id 255 is void: not trained, not scored. A
-picture is Pillow's, an image is a tensor, a label is a map of train ids. For other classes edit
-CLASSES. For other files write a class like Cityscapes: made of (root, split), with len, [i] and, in
-the class itself, classes. To save predictions it also needs name(i), a path without an ending.
+Two numbers stand for a class. Its label id is the one in the files. Its train id, 0 to 18, is the
+one that the network learns. The train id 255 is void: such a pixel is neither trained nor scored.
+A label is a map of train ids. In this program a picture is Pillow's, and an image is a tensor.
+
+To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
+__len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
+predictions it also needs name(i), a path without an ending.
 """
-import argparse
 import glob
 import math
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 
 class SceneClass(NamedTuple):
@@ -60,13 +59,10 @@ CLASSES = [  # cityscapesScripts 2.3.0, cityscapesscripts/helpers/labels.py
     SceneClass(33, "bicycle", "vehicle", (119, 11, 32)),
 ]
 VOID = 255  # the train id of all other pixels
-TRAIN_IDS = {label_id: VOID for label_id in range(34)}  # label id, 0 to 33 -> train id
-for train_id, entry in enumerate(CLASSES):
-    TRAIN_IDS[entry.id] = train_id
-assert len({entry.id for entry in CLASSES}) == len(CLASSES), "two of CLASSES have the same id"
+TRAIN_IDS = {entry.id: train_id for train_id, entry in enumerate(CLASSES)}  # label id -> train id
 
 
-# The files --------------------------------------------------------------------------------------
+# The files. What is wrong with a file becomes a sentence, DataError. ------------------------------
 
 
 class DataError(Exception):
@@ -74,36 +70,38 @@ class DataError(Exception):
 
 
 def open_picture(path):
-    """A decoded picture. Raises DataError, with the path, which Pillow's errors leave out."""
+    """The picture in a file, decoded. Raises DataError, with the path, for a damaged file."""
     try:
-        with Image.open(path) as picture:
-            picture.verify()  # the checksums of a PNG, which decoding leaves out
-        with Image.open(path) as picture:
-            picture.load()  # into memory, before the file is closed
+        Image.open(path).verify()  # compares checksums. After that it can't be decoded, so again:
+        picture = Image.open(path)
+        picture.load()  # decodes it, and closes the file
         return picture
     except Exception as error:  # Pillow raises almost anything
         raise DataError(f"cannot decode {path} ({error})") from error
 
 
-def read_image(path):
-    """An RGB picture, turned upright. Raises DataError for damaged files and deep pixels."""
+def read_picture(path):
+    """An RGB picture. Raises DataError for damaged files and for pixels of more than 8 bits."""
     picture = open_picture(path)
-    if picture.mode.startswith(("I", "F", "LAB")):
+    if picture.mode.startswith(("I", "F", "LAB")):  # Pillow's names of other kinds of pixels
         raise DataError(f"{path} has mode {picture.mode}: store it as RGB, 8 bits a channel")
-    with suppress(Exception):  # broken EXIF data do no harm to the pixels
+    # A camera that was turned says so in the file (EXIF): turn the picture upright. If what it says
+    # is broken, the picture stays as it is.
+    with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
     return picture.convert("RGB")
 
 
 def read_label(path):
-    """A file of label ids -> a picture of train ids. Raises DataError for every other file."""
+    """A file of label ids, 0 to 33 -> a label: their train ids. Raises DataError for others."""
     picture = open_picture(path)
-    if picture.mode != "L":  # In mode P, for example, values are places in a palette.
+    if picture.mode != "L":  # L: one number per pixel. (In P it is a place in a palette.)
         raise DataError(f"{path} is no map of label ids: its mode is {picture.mode}, not L")
     ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
-    if not set(ids) <= set(TRAIN_IDS):
+    if not {*range(34), *TRAIN_IDS}.issuperset(ids):  # the ids of Cityscapes, and those of CLASSES
         raise DataError(f"{path} is no map of label ids: not all of its values are ids, {ids}")
-    return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])  # a table
+    # A table of 256 entries says which train id takes the place of each value.
+    return picture.point([TRAIN_IDS.get(label_id, VOID) for label_id in range(256)])
 
 
 def paths_by_name(folder, ending):
@@ -115,27 +113,27 @@ def paths_by_name(folder, ending):
 
 
 class Cityscapes(Dataset):
-    """A split of Cityscapes: "train" (2975 images), "val" (500), "test" (1525, whose labels are
-    withheld: all void here), or "train_extra" (19998, coarse labels). In the folder `root` the
-    official archives were unpacked. dataset[i] -> (picture, label), both Pillow's: RGB, and train
-    ids. Raises DataError for what is wrong with the files."""
+    """A split of Cityscapes: "train" (2975 photographs), "val" (500), "test" (1525, whose labels
+    are withheld: here all pixels are void), or "train_extra" (19998, coarse labels). In the folder
+    `root` the official archives were unpacked. dataset[i] -> (picture, label), both Pillow's: RGB,
+    and train ids. Raises DataError for what is wrong with the files."""
 
     classes = CLASSES
 
     def __init__(self, root, split):
         self.split = split
         folder, ending = Path(root, "leftImg8bit", split), "_leftImg8bit.png"
-        self.image_paths = paths_by_name(folder, ending)
-        self.names = sorted(self.image_paths)
+        self.picture_paths = paths_by_name(folder, ending)
+        self.names = sorted(self.picture_paths)
         if not self.names:
-            raise DataError(f"there are no images {folder}/*/*{ending}: --data must be the folder "
+            raise DataError(f"there are no files {folder}/*/*{ending}: --data must be the folder "
                             "in which the official archives were unpacked")
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         self.label_paths = paths_by_name(Path(root, kind, split), f"_{kind}_labelIds.png")
-        unpaired = sorted(self.image_paths.keys() ^ self.label_paths.keys())
+        unpaired = set(self.names) ^ set(self.label_paths)  # the names that are in one of them only
         if unpaired and split != "test":
             raise DataError(f"{len(unpaired)} names of {split} have an image without a label, or a "
-                            f"label without an image; the first is {unpaired[0]}")
+                            f"label (*_{kind}_labelIds.png) without an image: {min(unpaired)}, ...")
 
     def __len__(self):
         return len(self.names)
@@ -145,7 +143,7 @@ class Cityscapes(Dataset):
 
     def __getitem__(self, i):
         name = self.names[i]
-        picture = read_image(self.image_paths[name])
+        picture = read_picture(self.picture_paths[name])
         if self.split == "test":
             return picture, Image.new("L", picture.size, VOID)
         label = read_label(self.label_paths[name])
@@ -155,100 +153,159 @@ class Cityscapes(Dataset):
         return picture, label
 
 
-# Training samples -------------------------------------------------------------------------------
-PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
+def read_pair(dataset, i):
+    """dataset[i], of any data set, also one of your own. Raises DataError unless it is a picture in
+    RGB and a label of the same size, with no other values than train ids and VOID."""
+    try:
+        picture, label = dataset[i]
+        picture.load()  # decodes what a data set of your own has only opened
+        label.load()
+        found = f"{picture.mode} {picture.size} and {label.mode} {label.size}"
+        counts = label.histogram()  # the number of pixels of each value, 0 to 255
+    except IndexError:
+        raise  # i is beyond the end of the data set. A loop over it ends by this.
+    except Exception as error:
+        text = " ".join(str(error).split()) or repr(error)
+        raise DataError(f"number {i} of the data set is no pair of pictures: {text}") from error
+    if picture.mode != "RGB" or label.mode not in ("L", "P") or picture.size != label.size:
+        raise DataError(f"number {i} of the data set must be of modes RGB and L (or P), and of one "
+                        f"size: it is {found}")
+    if any(counts[len(dataset.classes):VOID]):
+        raise DataError(f"number {i} of the data set: its label has values that are neither one of "
+                        f"{len(dataset.classes)} classes, from 0 on, nor {VOID}, void")
+    return picture, label
 
 
-def to_tensors(pair):
-    """(picture, label) of Pillow's -> uint8 tensors: image (3, H, W), RGB, and label (H, W)."""
-    image, label = (torch.from_numpy(np.array(picture)) for picture in pair)
+def to_tensors(picture, label):
+    """Pictures of Pillow -> uint8 tensors: image (3, H, W), RGB, and label (H, W)."""
+    image, label = torch.from_numpy(np.array(picture)), torch.from_numpy(np.array(label))
     return image.permute(2, 0, 1), label
 
 
-class TrainingStream(Dataset):
-    """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
-    (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8 tensors.
+class TensorPairs(Dataset):
+    """What a data set holds as tensors, for a DataLoader: [i] -> image, label (see to_tensors)."""
 
-    stream[k] depends on seed and k, not on what was read before. So neither workers nor processes
-    nor a resumed start change a run's data: DataLoader(stream, sampler=range(k, end)). Samples 0 to
-    N-1 are a permutation of the N images, N to 2N-1 another. The augmentation follows
-    mmsegmentation 1.2.2. Raises DataError for labels with other values than train ids and VOID."""
+    def __init__(self, dataset):
+        self.dataset = dataset
 
-    def __init__(self, dataset, crop_size=(512, 1024), seed=0):
-        self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
+    def __len__(self):
+        return len(self.dataset)
 
-    def index(self, k):
-        """The index of the image from which sample k is cut."""
-        epoch, position = divmod(k, len(self.dataset))
-        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
-        return int(order[position])
+    def __getitem__(self, i):
+        return to_tensors(*read_pair(self.dataset, i))
 
-    def __getitem__(self, k):
-        picture, label = self.dataset[self.index(k)]
-        rng = np.random.default_rng([self.seed, 1, k])  # 1: other numbers than in `index`
 
-        # One would resize the photograph by a random scale, then crop. It is cheaper to resize only
-        # the box that the crop shows (EXTENT). With scale 2 and crop 512x1024 it is 256x512 pixels.
-        scale = rng.uniform(0.5, 2.0)
-        height, width = self.crop_size
-        box_height = min(height / scale, picture.height)
-        box_width = min(width / scale, picture.width)
-        # (width, height): the crop's, or less where the scaled photograph is smaller (padded below)
-        new_size = (round(box_width * scale), round(box_height * scale))
-
-        # No crop should be nearly all road: where one class has 75 % or more of the labels, draw
-        # another box (mmsegmentation's cat_max_ratio). The eleventh is taken as it is.
-        for _ in range(11):
-            left = rng.uniform(0, picture.width - box_width)
-            top = rng.uniform(0, picture.height - box_height)
-            box = (left, top, left + box_width, top + box_height)
-            new_label = label.transform(new_size, Image.Transform.EXTENT, box,
-                                        Image.Resampling.NEAREST)
-            pixels = new_label.histogram()[:VOID]  # of each class, not of void
-            if max(pixels) < 0.75 * sum(pixels):
-                break  # Keep this box.
-        if any(pixels[len(self.dataset.classes):]):
-            raise DataError(f"label {self.index(k)} has values that are neither one of the "
-                            f"{len(self.dataset.classes)} classes nor {VOID}, void")
-        # (Pillow cuts fractions off: the image gets about 0.5 grey levels darker.)
-        new_picture = picture.transform(new_size, Image.Transform.EXTENT, box,
-                                        Image.Resampling.BILINEAR)
-        if rng.random() < 0.5:
-            new_picture, new_label = ImageOps.mirror(new_picture), ImageOps.mirror(new_label)
-
-        def sometimes(low, high, neutral):
-            return rng.uniform(low, high) if rng.random() < 0.5 else neutral
-
-        # Photometric distortion, in mmsegmentation's ranges (OpenCV's hue of 18 is 36 degrees)
-        matrix = color_matrix(brightness=sometimes(-32, 32, 0), contrast=sometimes(0.5, 1.5, 1),
-                              saturation=sometimes(0.5, 1.5, 1), hue=sometimes(-36, 36, 0))
-        new_picture = new_picture.convert("RGB", tuple(matrix.flatten()))  # applies the matrix
-
-        image, label = to_tensors((new_picture, new_label))
-        missing = (0, width - new_size[0], 0, height - new_size[1])  # left, right, top, bottom
-        channels = [F.pad(image[c], missing, value=PADDING[c]) for c in range(3)]
-        return torch.stack(channels), F.pad(label, missing, value=VOID)
+# Training samples -------------------------------------------------------------------------------
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
 
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     """A photometric distortion as one 3x4 matrix M: new RGB = M[:, :3] @ old RGB + M[:, 3], which
     Pillow rounds and clips to 0..255.
 
-    brightness (grey levels) is added to all channels. contrast multiplies them afterwards.
-    saturation multiplies the difference between a color and the grey of the same mean. hue turns
-    that difference around the axis R = G = B (degrees; red to yellow to green is positive).
-    (In mmsegmentation the last two keep the largest of R, G and B; here they keep the mean.)"""
-    angle = math.radians(hue)
-    to_grey = np.full((3, 3), 1 / 3)  # a color -> the grey of the same mean
-    difference = np.eye(3) - to_grey  # a color -> how it differs from that grey
-    # The cross product of (1, 1, 1) / sqrt(3) and a color: its difference, turned by 90 degrees
-    quarter_turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    turned = math.cos(angle) * difference + math.sin(angle) * quarter_turn
-    matrix = contrast * (to_grey + saturation * turned)
+    First `brightness` (grey levels) is added to R, G and B. Then the color is changed in YIQ, the
+    color space of analog television: Y is how light a pixel is, I and Q are a point in a plane of
+    tints, with grey at 0, 0. `saturation` multiplies I and Q, `hue` (degrees) turns the plane. At
+    last `contrast` multiplies all. (mmsegmentation changes saturation and hue in HSV.)"""
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    cos, sin = math.cos(math.radians(hue)), math.sin(math.radians(hue))
+    change = np.array([[1, 0, 0], [0, saturation * cos, -saturation * sin],
+                       [0, saturation * sin, saturation * cos]])
+    matrix = contrast * np.linalg.inv(to_yiq) @ change @ to_yiq
     return np.column_stack([matrix, matrix @ np.full(3, brightness)])
 
 
-# Here the lesson ends. What follows are pictures and the command. -------------------------------
+def cut(picture, box, size, resampling, fill):
+    """The box (left, top, right, bottom: pixels, with fractions) of a picture, resized to `size`
+    (height, width). What lies beyond the picture is filled with the color `fill`."""
+    height, width = size
+    return picture.transform((width, height), Image.Transform.EXTENT, box, resampling,
+                             fillcolor=fill)
+
+
+class TrainingStream(Dataset):
+    """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
+    (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8 tensors.
+
+    stream[k] depends on seed and k only. So the samples of a run are the same with any number of
+    workers or processes, and after a restart. DataLoader(stream, sampler=range(k, end)) reads the
+    samples k to end - 1.
+
+    Samples 0 to N - 1 show the N photographs in a random order, N to 2 N - 1 in another. Each is a
+    random crop of a photograph that was resized by a random factor; then its colors change, and
+    perhaps left and right. This augmentation follows mmsegmentation 1.2.2. A crop that reaches
+    beyond the photograph is filled up with PADDING and VOID. (With Cityscapes and the default crop
+    none does.) Raises DataError, as read_pair."""
+
+    def __init__(self, dataset, crop_size=(512, 1024), seed=0):
+        self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
+
+    def index(self, k):
+        """The number of the photograph from which sample k is cut."""
+        epoch, position = divmod(k, len(self.dataset))
+        # 0 here and 1 in __getitem__ make two independent streams of random numbers.
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
+        return int(order[position])
+
+    def __getitem__(self, k):
+        picture, label = read_pair(self.dataset, self.index(k))
+        rng = np.random.default_rng([self.seed, 1, k])
+
+        box, new_label = self.choose_box(label, rng)
+        new_picture = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
+        new_picture = new_picture.convert("RGB", self.choose_colors(rng))  # applies the matrix
+
+        # Where the box reaches beyond the photograph, the colors of PADDING have changed, too.
+        # Paint it again there.
+        left, top, right, bottom = box
+        if right > picture.width or bottom > picture.height:
+            inside = Image.new("L", picture.size, 0)
+            mask = cut(inside, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
+            new_picture.paste(PADDING, mask=mask)  # where the mask is 255
+
+        if rng.random() < 0.5:
+            new_picture, new_label = ImageOps.mirror(new_picture), ImageOps.mirror(new_label)
+        return to_tensors(new_picture, new_label)
+
+    def choose_box(self, label, rng):
+        """A random crop of the photograph, resized by a random factor of 0.5 to 2. It is the same
+        to cut out a box of the photograph as it is, and to resize that to the size of the crop: at
+        factor 2 a crop of 512x1024 pixels shows a box of 256x512. Returns the box (left, top,
+        right, bottom) and what the label shows there, already of the size of the crop."""
+        scale = rng.uniform(0.5, 2.0)
+        crop_height, crop_width = self.crop_size
+        box_height, box_width = crop_height / scale, crop_width / scale
+        # A crop that is nearly all road teaches little. If one class has 75 % or more of the
+        # labelled pixels, take another box. The eleventh is taken as it is. (mmsegmentation's
+        # cat_max_ratio)
+        for _ in range(11):
+            # A photograph that is smaller than the box lies in its upper left corner.
+            left = rng.uniform(0, max(0, label.width - box_width))
+            top = rng.uniform(0, max(0, label.height - box_height))
+            box = left, top, left + box_width, top + box_height
+            new_label = cut(label, box, self.crop_size, Image.Resampling.NEAREST, VOID)
+            labelled = new_label.histogram()[:VOID]  # the number of pixels of each train id
+            if max(labelled) < 0.75 * sum(labelled):
+                break
+        return box, new_label
+
+    def choose_colors(self, rng):
+        """A random photometric distortion, in mmsegmentation's ranges, as the twelve numbers of its
+        color_matrix. Each of four changes is made with probability 0.5."""
+        def sometimes(low, high, neutral):
+            return rng.uniform(low, high) if rng.random() < 0.5 else neutral
+
+        matrix = color_matrix(brightness=sometimes(-32, 32, 0), contrast=sometimes(0.5, 1.5, 1),
+                              saturation=sometimes(0.5, 1.5, 1), hue=sometimes(-36, 36, 0))
+        return tuple(matrix.flatten())
+
+
+# Here the lesson ends. What follows are sheets of pictures and the command. ----------------------
+import argparse
+import sys
+
+from PIL import ImageDraw
+from tqdm import tqdm
 
 
 def to_picture(image):
@@ -257,10 +314,13 @@ def to_picture(image):
 
 
 def colored(label, classes):
-    """A label, (H, W) or Pillow's -> a picture in the colors of the classes; void is black."""
+    """A label, (H, W) or Pillow's -> a picture in the colors of the classes; void is black. The
+    colors are a palette (mode P). So Pillow resizes it without blending colors of two classes."""
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = [entry.color for entry in classes]
-    return Image.fromarray(palette[np.asarray(label)])
+    picture = Image.fromarray(np.asarray(label))
+    picture.putpalette(palette.tobytes())
+    return picture
 
 
 def save_sheet(path, pictures, columns, classes):
@@ -274,13 +334,27 @@ def save_sheet(path, pictures, columns, classes):
     for i, picture in enumerate(pictures):
         row, column = divmod(i, columns)
         sheet.paste(picture.resize(cell), (column * cell[0], row * cell[1]))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw = ImageDraw.Draw(sheet)
     for i, entry in enumerate(classes):
         row, column = divmod(i, per_line)
         x, y = 120 * column, legend_top + 24 * row
         draw.rectangle((x + 4, y + 4, x + 20, y + 20), fill=tuple(entry.color))
-        draw.text((x + 25, y + 4), entry.name, fill="white", font=font)
+        draw.text((x + 25, y + 4), str(entry.name), fill="white")
     sheet.save(path, "PNG")
+
+
+def check_classes(classes):
+    """The names of a data set's classes. Raises DataError unless `classes` is a list of SceneClass,
+    and the bytes of labels and pictures can hold their numbers."""
+    def fits(entry):
+        return (isinstance(entry, SceneClass) and np.shape(entry.color) == (3,)
+                and all(number in range(256) for number in (entry.id, *entry.color)))
+
+    if not (isinstance(classes, (list, tuple)) and all(fits(entry) for entry in classes)
+            and 2 <= len({entry.id for entry in classes}) == len(classes) < VOID):
+        raise DataError(f"`classes` must be a list of 2 to {VOID - 1} SceneClass, each with another"
+                        f" id, ids and colors from 0 to 255, but it is {classes!r:.300}")
+    return [str(entry.name) for entry in classes]
 
 
 def at_least(least, kind=int):
@@ -296,15 +370,15 @@ def at_least(least, kind=int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/cityscapes",
-                        help="where leftImg8bit and gtFine are (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="decode all files first")
-    parser.add_argument("--crop", type=at_least(1), nargs=2, default=[512, 1024],
-                        metavar=("H", "W"), help="size of the training samples, pixels (512 1024)")
-    parser.add_argument("--sheet", default="samples.png", metavar="FILE",
-                        help="where to draw training samples, a PNG (%(default)s)")
+    add = parser.add_argument
+    add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
+    add("--check", action="store_true", help="decode all files first")
+    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
+        help="size of the training samples in pixels (512 1024)")
+    add("--sheet", default="samples.png", help="a PNG of training samples (%(default)s)")
     args = parser.parse_args()
 
+    check_classes(CLASSES)
     problems = []
     for split in ("train", "val", "test", "train_extra"):
         if not Path(args.data, "leftImg8bit", split).is_dir():

@@ -11,40 +11,20 @@ split, at full resolution, are counted in one confusion matrix, of truth against
 come each class's intersection over union (IoU) and their mean (mIoU). The options --precision,
 --scales, --flip and --tile are the protocol: how an image is predicted.
 """
-import argparse
-import hashlib
-import json
-import math
 import os
-import sys
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import VOID, DataError, at_least, colored, read_image, to_picture, to_tensors
-from pspnet import CheckpointError, load_net
-
-
-def autocast(device, precision):
-    """A context in which the large operations of a network compute in `precision`: "fp32" (on
-    NVIDIA's GPUs TF32 for convolutions, PyTorch's default), "bf16" or "fp16"."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+from cityscapes import VOID, TensorPairs
 
 
 @torch.inference_mode()
 def predict(net, image, precision="fp32"):
-    """The train id of every pixel: image (3, H, W), uint8 RGB, on the device of net, which is in
-    eval mode -> (H, W), uint8, on the same device."""
+    """The train id of every pixel: image (3, H, W), uint8 RGB -> (H, W), uint8. The image and net
+    are on the same device, and net is in eval mode."""
     with autocast(image.device, precision):
         logits, _ = net(image[None])  # _: the auxiliary logits, for training only
     return argmax_class(logits[0])
@@ -52,60 +32,105 @@ def predict(net, image, precision="fp32"):
 
 def argmax_class(scores):
     """Logits or probabilities (C, H, W) -> the index of the largest of the C, (H, W), uint8. Raises
-    CheckpointError where the largest is not finite: argmax would call NaN class 0."""
-    largest, index = scores.max(dim=0)  # on a CPU several times as fast as argmax
+    FloatingPointError where the largest is not finite: argmax would call NaN class 0."""
+    largest, index = scores.max(dim=0)
     if not largest.isfinite().all():
-        raise CheckpointError("the network computes values that are not finite: its weights are "
-                              "damaged, or too large for --precision fp16")
+        raise FloatingPointError("the network computes values that are not finite: its weights are "
+                                 "damaged, or too large for --precision fp16")
     return index.byte()
 
 
-def confusion(label, prediction, num_classes):
-    """Pixels by truth (row) and prediction (column): train ids, uint8, both of the same shape ->
-    (256, num_classes), int64. A label 3 predicted as 5 counts at [3, 5]. Row 255 is void."""
-    # One number for each pair (truth, prediction), to count with bincount. (int: uint8 overflows.)
-    pairs = label.int() * num_classes + prediction
-    return torch.bincount(pairs.flatten(), minlength=256 * num_classes).view(256, num_classes)
+def autocast(device, precision):
+    """A context in which the large operations of a network compute in `precision`: "fp32", "bf16"
+    or "fp16"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16  # not used for "fp32"
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def confusion_matrix(label, prediction, num_classes):
+    """How often a pixel that is labelled `row` was predicted as `column`: train ids, uint8, both of
+    the same shape -> (num_classes, num_classes), int64. A label 3 predicted as 5 counts at [3, 5].
+    Void pixels are not counted, whatever was predicted there."""
+    scored = label != VOID
+    # A 3 that was predicted as 5 becomes 3 * 19 + 5 = 62. bincount counts each of these numbers.
+    # (int, because uint8 would overflow)
+    pairs = label[scored].int() * num_classes + prediction[scored]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def intersection_over_union(matrix):
-    """IoU of each class, from pixels by truth and prediction: those that are of the class in both,
-    divided by those that are in one or both. NaN (0/0) for a class that is in neither."""
-    return matrix.diag() / (matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag())
+    """IoU of each class: the number of pixels where label AND prediction are the class, divided by
+    that where label OR prediction is. NaN (0/0) for a class that occurs in neither."""
+    both = matrix.diag()
+    labelled, predicted = matrix.sum(dim=1), matrix.sum(dim=0)
+    return both / (labelled + predicted - both)
 
 
-def evaluate(net, dataset, device, predict_image, workers=4, save=None):
-    """The confusion matrix of `net` on `dataset` over all processes: (classes, classes), int64, on
-    the CPU, the same in each process. Every process must call it. It leaves net in eval mode.
+def mean_iou(matrix):
+    """The mean of the IoU over the classes that occur. Not a mean over images: the matrix has
+    counted the pixels of all of them."""
+    return intersection_over_union(matrix).nanmean()
 
-    Of 2 processes and 8 images, process 0 has images 0, 2, 4, 6, process 1 has 1, 3, 5, 7: each is
-    seen exactly once. `net` is the plain network: in each forward DistributedDataParallel waits for
-    all processes, and one may have no image left. predict_image(net, image) -> train ids (H, W).
-    save(i, image, prediction), if given, is called for each image i. Raises DataError for labels
-    with other values than train ids and VOID."""
-    rank, world = rank_and_world()  # torchrun runs `world` copies of the program: this is `rank`
+
+def rank_and_world():
+    """torchrun starts several copies of a program, a process for each GPU, and tells each in its
+    environment which it is. Returns the number of this process, `rank`, and how many there are,
+    `world`. Without torchrun, or with one process, they are 0 and 1."""
+    names = ("MASTER_ADDR", "RANK", "WORLD_SIZE")  # one alone is left from something else
+    if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
+    """The confusion matrix of `net` on `dataset`: (classes, classes), int64, on the CPU.
+
+        matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
+        print(f"{mean_iou(matrix):.4f}")
+
+    `net` is the plain network, and is left in eval mode. (DistributedDataParallel, in which
+    train.py wraps it, would wait in each forward for all processes, and one may have no image
+    left.) predict_image(net, image) -> train ids (H, W), as `predict`. save(i, image, prediction),
+    if it is given, is called for each image i. Raises DataError, as read_pair.
+
+    With one process `share` is all images. Of two processes, the first has images 0, 2, 4, ..., the
+    second 1, 3, 5, ...: every image is counted exactly once. At the end the matrices of all
+    processes are added, and each process gets the sum. So every process must call this function."""
+    rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
-    loader = DataLoader(Subset(dataset, share), num_workers=workers,
-                        batch_size=None, collate_fn=to_tensors)  # no batches, single pairs
-    bar = tqdm(loader, "evaluating", unit=" images", leave=False,
-               disable=None if rank == 0 else True)  # None: shown in a terminal only
+    loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
+                        batch_size=None)  # no batches: photographs may differ in size
+    bar = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
-    counts = torch.zeros(256, num_classes, dtype=torch.int64, device=device)  # by label, prediction
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
     for i, (image, label) in zip(share, bar, strict=True):
         prediction = predict_image(net, image.to(device))
-        counts += confusion(label.to(device), prediction, num_classes)
+        matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:
             save(i, image, prediction)
     if world > 1:
-        dist.all_reduce(counts)  # the sum over all processes
-    if counts[num_classes:VOID].any():
-        raise DataError(f"the labels have values that are neither one of the {num_classes} classes "
-                        f"nor {VOID}, void")
-    return counts[:num_classes].cpu()
+        dist.all_reduce(matrix)  # the sum over all processes
+    return matrix.cpu()
 
 
 # Here the lesson ends. What follows are tables, protocols, processes and the command. ------------
+import argparse
+import hashlib
+import json
+import math
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+
+from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import DataError, at_least, check_classes, colored, read_picture, to_picture
+from pspnet import CheckpointError, load_net
 
 
 def scores_of(matrix, classes):
@@ -118,21 +143,25 @@ def scores_of(matrix, classes):
     matrix = matrix.double()
     iou = intersection_over_union(matrix)
     accuracy = matrix.diag() / matrix.sum(dim=1)
+    # The confusion matrix of categories: each class is counted as its category.
     categories = list(dict.fromkeys(entry.category for entry in classes))  # unique, in order
-    # (classes, categories), 0 or 1. member.T @ matrix adds up rows by category, @ member columns.
-    member = torch.tensor([[entry.category == c for c in categories] for entry in classes]).double()
-    category_iou = intersection_over_union(member.T @ matrix @ member)
+    place = [categories.index(entry.category) for entry in classes]
+    category_matrix = torch.zeros(len(categories), len(categories))
+    for i in range(len(classes)):
+        for j in range(len(classes)):
+            category_matrix[place[i], place[j]] += matrix[i, j]
+    category_iou = intersection_over_union(category_matrix)
 
-    def number(value):
-        return None if value.isnan() else value.item()
+    def or_none(values):  # NaN is no JSON
+        return [None if math.isnan(value) else value for value in values.tolist()]
 
-    return {"miou": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item(),
+    rows = zip(classes, or_none(iou), or_none(accuracy))
+    category_rows = zip(categories, or_none(category_iou))
+    return {"miou": mean_iou(matrix).item(), "mean_accuracy": accuracy.nanmean().item(),
             "category_miou": category_iou.nanmean().item(),
             "pixel_accuracy": (matrix.diag().sum() / matrix.sum()).item(),
-            "classes": [{"name": entry.name, "iou": number(iou[i]), "accuracy": number(accuracy[i])}
-                        for i, entry in enumerate(classes)],
-            "categories": [{"name": name, "iou": number(category_iou[i])}
-                           for i, name in enumerate(categories)]}
+            "classes": [{"name": str(c.name), "iou": i, "accuracy": a} for c, i, a in rows],
+            "categories": [{"name": str(c), "iou": i} for c, i in category_rows]}
 
 
 def format_scores(scores):
@@ -140,15 +169,14 @@ def format_scores(scores):
     def percent(value):
         return "n/a" if value is None else f"{100 * value:.2f}"
 
-    lines = [f"{'class':16}{'IoU %':>8}{'accuracy %':>12}"]
+    text = f"{'class':16}{'IoU %':>8}{'accuracy %':>12}\n"
     for row in scores["classes"]:
-        lines.append(f"{row['name']:16}{percent(row['iou']):>8}{percent(row['accuracy']):>12}")
-    present = sum(row["iou"] is not None for row in scores["classes"])
-    return "\n".join([
-        *lines, f"\nmIoU {percent(scores['miou'])} % over {present} of {len(lines) - 1} classes, "
-        f"category mIoU {percent(scores['category_miou'])} %, "
-        f"pixel accuracy {percent(scores['pixel_accuracy'])} %, "
-        f"mean accuracy {percent(scores['mean_accuracy'])} %"])
+        text += f"{row['name']:16}{percent(row['iou']):>8}{percent(row['accuracy']):>12}\n"
+    present = [row for row in scores["classes"] if row["iou"] is not None]
+    return (f"{text}\nmIoU {percent(scores['miou'])} % over {len(present)} of "
+            f"{len(scores['classes'])} classes, category mIoU {percent(scores['category_miou'])} %"
+            f", pixel accuracy {percent(scores['pixel_accuracy'])} %, "
+            f"mean accuracy {percent(scores['mean_accuracy'])} %")
 
 
 def tile_starts(length, tile):
@@ -167,10 +195,10 @@ def tiled_probabilities(net, images, tile):
     count = torch.zeros(height, width, device=images.device)  # of the tiles over each pixel
     for top in tile_starts(height, tile_height):
         for left in tile_starts(width, tile_width):
-            window = np.s_[..., top: top + tile_height, left: left + tile_width]  # of H and W
-            logits, _ = net(images[window])
-            total[window] += logits.softmax(dim=1)
-            count[window] += 1
+            rows, columns = slice(top, top + tile_height), slice(left, left + tile_width)
+            logits, _ = net(images[:, :, rows, columns])
+            total[:, :, rows, columns] += logits.softmax(dim=1)
+            count[rows, columns] += 1
     return total / count
 
 
@@ -178,8 +206,9 @@ def tiled_probabilities(net, images, tile):
 def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
     """As `predict`, but from class probabilities that are averaged over views of the image: at
     these scales, and with flip each mirrored too. With tile = (height, width) the network sees
-    tiles of each view. Source: mmsegmentation's test-time augmentation; for tiles the authors'
-    hszhao/semseg, tool/test.py, which pads smaller images."""
+    tiles of each view. Each way follows its source: whole views mmsegmentation's test-time
+    augmentation, which resizes logits; tiles the authors' hszhao/semseg, tool/test.py, which
+    resizes probabilities (and pads smaller images)."""
     size = image.shape[1:]
     total = 0  # of the probabilities of all views, (1, C, H, W)
     for scale in scales:
@@ -196,11 +225,6 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
                     probabilities = F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
             total = total + (probabilities.flip(3) if mirrored else probabilities)
     return argmax_class(total[0])  # the largest sum is the largest average
-
-
-def rank_and_world():
-    """The number of this process, and how many there are: torchrun tells each process."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_process():
@@ -220,12 +244,18 @@ def start_process():
     return device, rank, world
 
 
+def end_process():
+    """Every process calls this at the end of its work, as NCCL, which connects GPUs, asks for."""
+    if dist.is_initialized() and torch.cuda.is_available():
+        dist.destroy_process_group()
+
+
 def compare_processes(**settings):
     """Raises DataError, in every process, unless all have the same settings. On two machines
     options and files may differ, and the result would mix them."""
-    _, world = rank_and_world()
-    everyones = [settings] * world  # replaced below
-    if world > 1:
+    everyones = [settings]
+    if dist.is_initialized():  # several processes
+        everyones = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, settings)
     differing = [key for key in settings if any(other[key] != settings[key] for other in everyones)]
     if differing:
@@ -238,7 +268,7 @@ def share_of_cores(most):
     return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def parse_args():
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -254,94 +284,126 @@ def parse_args():
     add("--save-ids", metavar="DIR", help="write label ids, one PNG per image")
     add("--save-color", metavar="DIR", help="write colors, also over the image")
     add("--json", metavar="FILE", help="write the scores of train or val")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="bf16 and fp16 are autocast, for speed (fp32)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of autocast (fp32)")
     add("--workers", type=at_least(0), default=share_of_cores(4),
         help="processes that decode images, for each GPU (its share of the cores, up to 4)")
-    args = parser.parse_args()
-    ids, color = args.save_ids, args.save_color
-    if (args.images or args.split == "test") and (args.json or not (ids or color)):
+    args = parser.parse_args(argv)
+    saving = args.save_ids or args.save_color
+    if (args.images or args.split == "test") and (args.json or not saving):
         parser.error("photographs and the test split have no labels to score with: leave out "
                      "--json, and add --save-color DIR, or --save-ids DIR for the test server")
-    if ids and color and Path(color).resolve().is_relative_to(Path(ids).resolve()):
-        parser.error("--save-color must not be in --save-ids: the server takes one PNG per image")
+    if args.images and rank_and_world()[1] > 1:
+        parser.error("--images is for one process: type python, not torchrun")
     return args
 
 
-def save_prediction(image, prediction, name, args):
-    """Write a prediction, train ids (H, W), for an image: to --save-ids as NAME.png, label ids for
-    the test server; to --save-color as NAME_color.png and, over the image, NAME_overlay.png."""
-    prediction, classes = prediction.cpu().numpy(), Cityscapes.classes
+def show_two_classes(counts, where):
+    """Whether labels show at least two classes. counts[c] is their number of pixels of class c. If
+    not, says so: the commonest mistake with data of one's own is a mask of 0 and 255."""
+    train_ids = [c for c, count in enumerate(counts) if count > 0]
+    if len(train_ids) < 2:
+        print(f"the labels of {where} show no other class than {train_ids}, and {VOID} is void: a "
+              f"mask of 0 and {VOID} must become one of 0 and 1", file=sys.stderr)
+    return len(train_ids) >= 2
+
+
+def names_of(dataset):
+    """The paths, without an ending, under which predictions are saved. Raises DataError where one
+    would be outside of the folder, and where one would replace another."""
+    names = [Path(str(dataset.name(i))) for i in range(len(dataset))]
+    for name in names:
+        if name.is_absolute() or ".." in name.parts or not name.parts:
+            raise DataError(f"names of images must be relative paths without .., not '{name}'")
+    if len(set(names)) < len(names):
+        raise DataError("two images of the data set have the same name")
+    return names
+
+
+ENDINGS = ("_ids.png", "_color.png", "_overlay.png")  # of what save_prediction writes
+
+
+def save_prediction(args, names, i, image, prediction):
+    """Write the prediction for image i, train ids (H, W): to --save-ids as NAME_ids.png, label ids
+    for the test server; to --save-color as NAME_color.png and, over the image, NAME_overlay.png.
+    NAME is names[i]."""
+    prediction, name, classes = prediction.cpu().numpy(), names[i], Cityscapes.classes
     for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
     if args.save_ids:
         ids = np.array([entry.id for entry in classes], np.uint8)
-        Image.fromarray(ids[prediction]).save(Path(args.save_ids, f"{name}.png"))
+        Image.fromarray(ids[prediction]).save(Path(args.save_ids, f"{name}_ids.png"))
     if args.save_color:
-        color = colored(prediction, classes)
+        color = colored(prediction, classes).convert("RGB")
         color.save(Path(args.save_color, f"{name}_color.png"))
         overlay = Image.blend(to_picture(image), color, 0.5)
         overlay.save(Path(args.save_color, f"{name}_overlay.png"))
 
 
+def files_in(folder):
+    """The files that are not hidden. What an earlier call has written for one of them is left out:
+    a.jpg_color.png, if a.jpg is there."""
+    files = sorted(file for file in folder.glob("[!.]*") if file.is_file())
+    results = {file.with_name(file.name + ending) for file in files for ending in ENDINGS}
+    return [file for file in files if file not in results]
+
+
 def photographs(paths):
-    """The files among `paths`, and those in the folders among them, but for hidden ones: a
-    dictionary by name. Raises DataError for two of one name, and where there is none."""
+    """The files among `paths`, and those in the folders among them: a dictionary by name. Raises
+    DataError for two of one name, and where there is none."""
     files = {}
     for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.glob("[!.]*") if file.is_file())
-        for file in found:
+        for file in files_in(path) if path.is_dir() else [path]:
             if file.name in files:
-                raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}"
-                                ".png: predict them into different folders")
+                raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}_"
+                                "ids.png: predict them into different folders")
             files[file.name] = file
     if not files:
         raise DataError(f"there are no files in {', '.join(paths)}")
     return files
 
 
-def main():
-    device, rank, world = start_process()
-    args = parse_args()
-    net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
-    names = [entry.name for entry in Cityscapes.classes]
-    if net.arguments["num_classes"] != len(names) or net.class_names not in (None, names):
-        raise CheckpointError(f"{args.ckpt} was trained for {net.arguments['num_classes']} classes "
-                              f"({net.class_names}), the data set has {len(names)} ({names})")
-    dataset = photographs(args.images) if args.images else Cityscapes(args.data, args.split)
-    protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
-    ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
-    compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
+def predict_photographs(net, device, predict_image, args):
+    """Predict and save those of --images. Raises DataError if some could not be read."""
+    files, unreadable = photographs(args.images), 0
+    for name, path in tqdm(files.items(), "predicting", unit=" images", leave=False):
+        try:
+            image = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
+        except DataError as error:  # The other photographs are predicted all the same.
+            tqdm.write(str(error), file=sys.stderr)
+            unreadable += 1
+            continue
+        save_prediction(args, files, name, image, predict_image(net, image.to(device)))
+    if unreadable:
+        raise DataError(f"{unreadable} files could not be read")
 
+
+def main(argv=None):
+    device, rank, world = start_process()
+    args = parse_args(argv)
+    net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
+    class_names = check_classes(Cityscapes.classes)
+    num_classes = net.arguments["num_classes"]
+    if num_classes != len(class_names) or net.class_names not in (None, class_names):
+        raise CheckpointError(f"{args.ckpt} was trained for {num_classes} classes, "
+                              f"{net.class_names}, the data set has {class_names}")
+    protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
     predict_image = partial(predict, precision=args.precision)
     if args.flip or args.tile or args.scales != [1.0]:
         predict_image = partial(predict_averaged, **protocol)
     if args.images:
-        unreadable = torch.tensor(0, device=device)
-        for name in list(dataset)[rank::world]:
-            try:
-                picture = read_image(dataset[name])
-            except DataError as error:  # The other photographs are predicted all the same.
-                sys.stderr.write(f"{error}\n")  # in one piece, among other processes' lines
-                unreadable += 1
-                continue
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-            save_prediction(image, predict_image(net, image.to(device)), name, args)
-        if world > 1:  # All wait here, as torchrun ends all processes at the first error.
-            dist.all_reduce(unreadable)
-        if unreadable > 0:
-            raise DataError(f"{unreadable} files could not be read")
-        return
+        return predict_photographs(net, device, predict_image, args)
 
-    def save(i, image, prediction):
-        save_prediction(image, prediction, dataset.name(i), args)
-
-    saver = save if args.save_ids or args.save_color else None
-    matrix = evaluate(net, dataset, device, predict_image, args.workers, saver)
+    dataset, save = Cityscapes(args.data, args.split), None
+    if len(dataset) == 0:
+        raise DataError(f"the data set has no images in {args.split}")
+    ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
+    compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
+    if args.save_ids or args.save_color:
+        save = partial(save_prediction, args, names_of(dataset))
+    matrix = evaluate(net, dataset, device, predict_image, args.workers, save)
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix, Cityscapes.classes)
+        show_two_classes(matrix.sum(dim=1), args.split)
         print(format_scores(scores))
         print(f"{len(dataset)} images of {args.split}, {protocol}")
         if args.json:
@@ -355,6 +417,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, DataError, CheckpointError) as error:
+        end_process()
+    except (OSError, DataError, CheckpointError, FloatingPointError) as error:
         # A worker's error has its traceback before the sentence.
-        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"evaluate.py: {(str(error).strip() or repr(error)).splitlines()[-1]}")

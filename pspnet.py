@@ -1,30 +1,31 @@
 """PSPNet, the Pyramid Scene Parsing Network (H. Zhao et al., CVPR 2017, arXiv:1612.01105).
 
-    net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))  # to read
-    net = FastPSPNet(19)        # to run: the same function, with a fifth less arithmetic
-    net = load_net("best.pt")   # from train.py, or one of mmsegmentation's published files
+    net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
     logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
 
-    python pspnet.py            # parameters, arithmetic, and the difference between the two
+The task is semantic segmentation: name the class of every pixel of a photograph. The same shape is
+a boat on a river and a car on a street: only the rest of the scene tells which. PSPNet therefore
+has two parts. A ResNet computes features at one eighth of the photograph's resolution. Then a head
+divides this map of features into 1, 2x2, 3x3 and 6x6 regions, averages the features of each region,
+and hands the averages back to every position. So each position is classified by what is there and
+by what is around it, up to the whole scene.
 
-The same shape is a boat on a river and a car on a street: the scene tells. PSPNet is a ResNet that
-keeps an eighth of the image's resolution, and a head that looks at the whole scene. The head
-averages the features over grids of 1x1, 2x2, 3x3 and 6x6 regions, and hands the averages back to
-every position. Names of weights and results are those of mmsegmentation 1.2.2.
+The modules have the names that they have in mmsegmentation 1.2.2, a well-known library, so that its
+files of weights can be loaded. `python pspnet.py` prints the number of parameters and operations.
 """
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Mean and standard deviation of ImageNet's photographs: R, G and B, each of 0..255.
+# Mean and standard deviation of red, green and blue in ImageNet's photographs, on a scale of 0..255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def shortcut(in_channels, out_channels, stride):
     """nn.Identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
-    blocks call it `downsample`, because files of weights do."""
+    blocks call it `downsample`, because that is its name in files of weights."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -33,7 +34,8 @@ def shortcut(in_channels, out_channels, stride):
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
-    H/stride, W/stride). Only the first is dilated (see ResNet), as in mmsegmentation."""
+    H/stride, W/stride). Only the first is dilated (why any is: see ResNet), as in
+    mmsegmentation."""
 
     expansion = 1  # output channels divided by `channels`
 
@@ -56,7 +58,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut (ResNet-50, 101): (B, in_channels, H, W) ->
-    (B, 4 channels, H/stride, W/stride). The 3x3 carries stride and dilation."""
+    (B, 4 * channels, H/stride, W/stride). The 3x3 carries stride and dilation."""
 
     expansion = 4
 
@@ -80,29 +82,50 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
-TORCHVISION = "https://download.pytorch.org/models/"
-OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
-BACKBONES = {  # block, blocks in each stage, a deep stem (V1c: see ResNet), ImageNet weights
-    "resnet18": (BasicBlock, (2, 2, 2, 2), False, TORCHVISION + "resnet18-f37072fd.pth"),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), False, TORCHVISION + "resnet50-0676ba61.pth"),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), False, TORCHVISION + "resnet101-63fe2227.pth"),
-    "resnet18_v1c": (BasicBlock, (2, 2, 2, 2), True, OPENMMLAB + "resnet18_v1c-b5776b93.pth"),
-    "resnet50_v1c": (Bottleneck, (3, 4, 6, 3), True, OPENMMLAB + "resnet50_v1c-2cccc1ad.pth"),
-    "resnet101_v1c": (Bottleneck, (3, 4, 23, 3), True, OPENMMLAB + "resnet101_v1c-e67eebb6.pth"),
+def stage(block, in_channels, channels, depth, stride=1, first_dilation=1, dilation=1):
+    """`depth` blocks in a row. The first may change the number of channels and the resolution, and
+    may have another dilation than the others."""
+    blocks = [block(in_channels, channels, stride, first_dilation)]
+    for _ in range(depth - 1):
+        blocks.append(block(block.expansion * channels, channels, 1, dilation))
+    return nn.Sequential(*blocks)
+
+
+class Backbone(NamedTuple):
+    block: type
+    depths: tuple  # the number of blocks in each of the four stages
+    deep_stem: bool  # three 3x3 convolutions at the start (called V1c), not one 7x7
+    weights: str  # trained on ImageNet: a file (its address: see load_backbone)
+
+
+BACKBONES = {
+    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2), False, "resnet18-f37072fd.pth"),
+    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3), False, "resnet50-0676ba61.pth"),
+    "resnet101": Backbone(Bottleneck, (3, 4, 23, 3), False, "resnet101-63fe2227.pth"),
+    "resnet18_v1c": Backbone(BasicBlock, (2, 2, 2, 2), True, "resnet18_v1c-b5776b93.pth"),
+    "resnet50_v1c": Backbone(Bottleneck, (3, 4, 6, 3), True, "resnet50_v1c-2cccc1ad.pth"),
+    "resnet101_v1c": Backbone(Bottleneck, (3, 4, 23, 3), True, "resnet101_v1c-e67eebb6.pth"),
 }
 
 
 class ResNet(nn.Module):
     """A ResNet (He et al., CVPR 2016) whose output has an eighth of the image's resolution:
-    normalised images (B, 3, H, W) -> stage 3 (B, 256 e, H/8, W/8) and stage 4 (B, 512 e, H/8, W/8),
-    where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
+    normalised images (B, 3, H, W) -> stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8,
+    W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
-    In the original, stages 3 and 4 (`layer3`, `layer4`) halve the resolution too. Here they don't.
-    So neighbouring positions are closer together in the image than the ImageNet weights expect: by
-    a factor of 2 in stage 3, of 4 in stage 4. A 3x3 convolution of dilation 2 or 4 reads every
-    second or fourth position, and spans the old distance. The first block of a stage still reads
-    the stage before, so it keeps that stage's dilation: 1 in stage 3, 2 in stage 4 (as in
-    torchvision and mmsegmentation). The stem is a 7x7 convolution, in V1c three 3x3 (deep)."""
+    In the original ResNet stages 2, 3 and 4 (`layer2` to `layer4`) halve the resolution. Here
+    stages 3 and 4 keep it, because a map of classes needs it. But the weights come from an original
+    ResNet, whose 3x3 convolutions read positions that are further apart. Dilation restores these
+    distances: a convolution of dilation d reads every d-th position. (Padding d keeps the size.)
+
+                                in the original, it reads   positions here    dilation
+                                every so many pixels        are so far apart
+        stage 3, first block    8                           8                 1
+        stage 3, other blocks   16                          8                 2
+        stage 4, first block    16                          8                 2
+        stage 4, other blocks   32                          8                 4
+
+    (In the original, the first block of a stage still reads the finer map of the stage before.)"""
 
     def __init__(self, name):
         super().__init__()
@@ -119,17 +142,11 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         e = block.expansion
-
-        def stage(in_channels, channels, depth, stride=1, first_dilation=1, dilation=1):
-            blocks = [block(in_channels, channels, stride, first_dilation)]
-            for _ in range(depth - 1):
-                blocks.append(block(e * channels, channels, 1, dilation))
-            return nn.Sequential(*blocks)
-
-        self.layer1 = stage(64, 64, depths[0])
-        self.layer2 = stage(64 * e, 128, depths[1], stride=2)
-        self.layer3 = stage(128 * e, 256, depths[2], first_dilation=1, dilation=2)  # not stride=2
-        self.layer4 = stage(256 * e, 512, depths[3], first_dilation=2, dilation=4)  # not stride=2
+        self.layer1 = stage(block, 64, 64, depths[0])
+        self.layer2 = stage(block, 64 * e, 128, depths[1], stride=2)
+        self.layer3 = stage(block, 128 * e, 256, depths[2], first_dilation=1, dilation=2)
+        self.layer4 = stage(block, 256 * e, 512, depths[3], first_dilation=2, dilation=4)
+        # The original has stride=2 in layer3 and layer4, and dilation 1 everywhere.
 
     def forward(self, x):
         if self.deep_stem:
@@ -144,8 +161,8 @@ class ResNet(nn.Module):
 
 
 class ConvBNReLU(nn.Sequential):
-    """Convolution of stride 1 that keeps the size, batch norm, ReLU. nn.Sequential has a forward of
-    its own. It runs the modules in the order in which they are assigned here."""
+    """A convolution that keeps the size, then batch norm, then ReLU. There is no forward here,
+    because nn.Sequential has one: it runs the three modules below, in this order."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -157,35 +174,37 @@ class ConvBNReLU(nn.Sequential):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
-    num_classes, h, w). Each number k in `bins` is a level of the pyramid, which averages x over a
-    grid of k x k regions. With bins=() there is no pyramid."""
+    num_classes, h, w). Each number k in `bins` is a level of the pyramid: it averages x over k x k
+    regions, so k = 1 is the average of the whole map. With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # of each level, and of the 3x3 convolution's output
+        channels = in_channels // 4  # of each level (four have as many as x), and of y below
         self.bins = tuple(bins)
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(k), ConvBNReLU(in_channels, channels, 1))
-            for k in self.bins)
+        self.psp_modules = nn.ModuleList()
+        for k in self.bins:
+            average = nn.AdaptiveAvgPool2d(k)  # k is the size of the output: (B, C, k, k)
+            self.psp_modules.append(nn.Sequential(average, ConvBNReLU(in_channels, channels, 1)))
         # The name is mmsegmentation's. It has nothing to do with the block Bottleneck.
         self.bottleneck = ConvBNReLU(in_channels + len(self.bins) * channels, channels, 3)
-        self.dropout = nn.Dropout2d(0.1)
+        self.dropout = nn.Dropout2d(0.1)  # drops whole channels
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x):
-        levels = [x]  # in ResNet-50 (B, 2048, h, w)
-        for level in self.psp_modules:
-            p = level(x)  # averages, 1x1 convolution, batch norm, ReLU: (B, 512, k, k)
+        parts = [x]  # in ResNet-50 (B, 2048, h, w)
+        for average_and_conv in self.psp_modules:
+            p = average_and_conv(x)  # one vector for each region: (B, 512, k, k)
             p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
-            levels.append(p)  # (B, 512, h, w)
-        y = torch.cat(levels, dim=1)  # (B, 2048 + 4 * 512, h, w)
+            parts.append(p)  # at each position that of its region, blended: (B, 512, h, w)
+        y = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
         y = self.bottleneck(y)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
         return self.conv_seg(self.dropout(y))
 
 
 class AuxiliaryHead(nn.Sequential):
     """A second classifier, on stage 3: x (B, C, h, w) -> logits (B, num_classes, h, w). Its loss
-    helps to train a deep network (section 3.3, figure 4). It is used in training only."""
+    helps to train a deep network (section 3.3, figure 4), and it is used for nothing else. Its
+    forward, too, is that of nn.Sequential."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -200,21 +219,23 @@ class PSPNet(nn.Module):
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
-    In eval mode aux_logits are None. In train mode, with 1 among the bins, B must be 2 or more:
-    that level has one value per channel and image, and batch norm needs two. Weights start at
-    random, as in mmsegmentation 1.2.2: convolutions Kaiming normal over the fan out, classifiers
-    N(0, 0.01^2) with bias 0. `load_backbone` brings ImageNet's weights."""
 
-    Head = PyramidHead  # FastPSPNet has another Head, and another `upsample`
+    In eval mode aux_logits is None. In train mode B must be at least 2, because the level k = 1 has
+    a single value per channel and image, and batch norm can't compute a variance from one value.
+    (Without 1 among the bins B may be 1.) The weights of a new network are random.
+    `load_backbone` brings those of a ResNet that was trained on ImageNet."""
+
+    Head = PyramidHead  # FastPSPNet, below, has another, and another `upsample`
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
         # Checkpoints hold the arguments, so that load_net can build the network again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
-        channels = 512 * BACKBONES[backbone][0].expansion
+        channels = 512 * BACKBONES[backbone].block.expansion
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
+        # The initial values are those of mmsegmentation.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -237,115 +258,106 @@ class PSPNet(nn.Module):
     def normalize(self, images):
         """Values of 0..255 -> standard deviations from the mean, in the weights' dtype."""
         images = images.to(self.decode_head.conv_seg.weight.dtype)
-        channels = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
-        return torch.stack(channels, dim=1)
+        red_green_blue = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
+        return torch.stack(red_green_blue, dim=1)
 
 
 # Here the lesson ends. What follows is the same network, only faster, and files of weights. ------
+import re
+from pathlib import Path
 
 
-def region_matrix(k, length, like):
-    """M, (k, length), in the dtype and on the device of `like`: M[m, r] is 1 where position r lies
-    in region m, else 0. Region m of the k regions of an axis starts at floor(m length / k) and ends
-    before ceil((m + 1) length / k), as in nn.AdaptiveAvgPool2d."""
-    m = torch.arange(k, device=like.device)[:, None]
-    r = torch.arange(length, device=like.device)
-    inside = ((m * length) // k <= r) & (r * k < (m + 1) * length)  # r < ceil(a / k): r k < a
-    return inside.to(like.dtype)
+def matrix_of(function, length, like):
+    """The matrix (outputs, length) of a linear function along an axis, with the dtype and device of
+    `like`. Its column j is what the function makes of the j-th unit vector."""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # computed in float32, or float64
+    unit_vectors = torch.eye(length, dtype=dtype, device=like.device)
+    columns = function(unit_vectors[None])[0]  # all at once, as channels: (length, outputs)
+    return columns.mT.contiguous().to(like.dtype)
 
 
-def interpolation_matrix(cells, length, like):
-    """R, (length, cells), of linear interpolation along an axis (align_corners=False): value r is
-    the sum over m of R[r, m] times cell m. R[r, m] is 1 minus the distance from r to m, or 0."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot hold 256.5
-    r = torch.arange(length, dtype=dtype, device=like.device)[:, None]
-    m = torch.arange(cells, dtype=dtype, device=like.device)
-    position = (r + 0.5) * cells / length - 0.5  # of r's center, in cells
-    distance = (position.clamp(0, cells - 1) - m).abs()
-    return (1 - distance).clamp(min=0).to(like.dtype)
+def averaging_matrix(length, k, like):
+    """(k, length): a product with it averages `length` positions over k regions."""
+    return matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), length, like)
 
 
-def with_neighbours(matrix):
-    """(length, k) -> (length, 3 k): the new row r is [row r - 1, row r, row r + 1]. Rows beyond the
-    ends are 0, which is the zero padding of the convolution."""
-    before = F.pad(matrix, (0, 0, 1, 0))[:-1]
-    after = F.pad(matrix, (0, 0, 0, 1))[1:]
-    return torch.cat([before, matrix, after], dim=1)
+def interpolation_matrix(length, new_length, like):
+    """(new_length, length): a product with it stretches `length` values to `new_length`."""
+    return matrix_of(lambda x: F.interpolate(x, new_length, mode="linear"), length, like)
 
 
 class FastPyramidHead(PyramidHead):
-    """The same function as PyramidHead, for half its arithmetic (a fifth of the network's).
+    """The same function as PyramidHead, for half as many operations. (The network then has a fifth
+    less.)
 
-    A convolution of concatenated channels is the sum of one convolution per part. So take one level
-    p, k x k cells in each channel i, and its part W of the weight. Stretched to h x w, channel i is
-    at row r and column c the sum over m and n of R[r, m] p[i, m, n] S[c, n], with the interpolation
-    matrices R of h and S of w. The 3x3 convolution sums nine shifts (u, v = 0, 1, 2) of it, where R
-    and S are 0 beyond the ends:
+    A convolution of concatenated channels is the sum of one convolution per part. Take one level:
+    p has k x k cells in each channel i. PyramidHead first stretches p to h x w. Channel i then has
+    at row r and column c the value
 
-        y[o, r, c] = sum over i, u, v, m, n of
-                     R[r + u - 1, m]  W[o, i, u, v]  p[i, m, n]  S[c + v - 1, n]
+        sum over m, n of  R[r, m] S[c, n] p[i, m, n],
 
-    PyramidHead multiplies R, p and S first, and then by W at h x w positions. This head multiplies
-    W and p first, on k x k cells, then R, and S last. It is the same sum in another order."""
+    with the interpolation matrices R (h, k) and S (w, k). Then it convolves with the weight W: it
+    adds up nine shifts of that, u, v = 0, 1, 2:
+
+        y[o, r, c] = sum over i, u, v, m, n of  W[o, i, u, v] R[r+u-1, m] S[c+v-1, n] p[i, m, n].
+
+    That is one sum of products, in any order. PyramidHead multiplies p, R and S first, and then W
+    at all h x w positions, 64 x 128 for a crop of 512x1024. Here W and p come first, on k x k
+    cells, at most 36. Then R stretches the rows, and S the columns."""
 
     def forward(self, x):
-        channels = x.shape[1]
-        parts = [channels] + [channels // 4] * len(self.bins)  # of x, and of each level
+        h, w = x.shape[2:]
+        in_channels = x.shape[1]
+        parts = [in_channels] + [in_channels // 4] * len(self.bins)  # channels of x and the levels
         weight_of_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
         y = F.conv2d(x, weight_of_x, padding=1)
-        if self.bins:
-            y = y + self.convolve_levels(x, weights)
+        levels = zip(self.bins, self.averages(x), self.psp_modules, weights, strict=True)
+        for k, means, average_and_conv, W in levels:
+            _, conv_bn_relu = average_and_conv  # The averages are there already.
+            p = conv_bn_relu(means)  # (B, i, k, k)
+            # R[r, u, m] is what is called R[r+u-1, m] above, and S likewise.
+            R = self.shifts(interpolation_matrix(k, h, x))  # (h, 3, k)
+            S = self.shifts(interpolation_matrix(k, w, x))  # (w, 3, k)
+            q = torch.einsum("oiuv,bimn->bouvmn", W, p)  # the sum over i
+            q = torch.einsum("bouvmn,rum->borvn", q, R)  # the sum over u and m: rows
+            y = y + torch.einsum("borvn,cvn->borc", q, S)  # the sum over v and n: columns
         y = F.relu(self.bottleneck.bn(y), inplace=True)
         return self.conv_seg(self.dropout(y))
 
-    def convolve_levels(self, x, weights):
-        """The y of the formula, summed over the levels: (B, o, h, w). Only step 3 makes something
-        as large as y, once for all levels. Channels are last: fast where x is channels_last."""
+    def averages(self, x):
+        """x (B, C, h, w) -> for each level (B, C, k, k), as nn.AdaptiveAvgPool2d, whose gradient on
+        CUDA differs from run to run. One product for all levels, so that x is read once. (In half
+        precision the matrix is rounded, so that a mean may be off by 0.4 %.)"""
+        if not self.bins:
+            return []
         h, w = x.shape[2:]
-        lefts, rights = [], []  # of the last product, by level
-        levels = zip(self.bins, self.pool(x), self.psp_modules, weights, strict=True)
-        for k, means, (_, conv_bn_relu), W in levels:  # _: nn.AdaptiveAvgPool2d, not used
-            p = conv_bn_relu(means)  # (B, i, m, n)
-            Wp = torch.einsum("oiuv,bimn->bumvno", W, p)  # 1. the sum over i: (B, u, m, v, n, o)
-            Wp = Wp.flatten(3).flatten(1, 2)  # (B, u m, v n o): "u m" is one axis, of 3 k
-            R = with_neighbours(interpolation_matrix(k, h, x))  # (r, u m): R[r + u - 1, m]
-            RWp = R @ Wp  # 2. the sum over u and m: (B, r, v n o)
-            lefts.append(RWp.unflatten(2, (3 * k, -1)))  # (B, r, v n, o)
-            rights.append(with_neighbours(interpolation_matrix(k, w, x)))  # S: (c, v n)
-        # 3. the sum over v, n and levels, side by side (one axis, K): (c, K) @ (B, r, K, o)
-        y = torch.cat(rights, dim=1) @ torch.cat(lefts, dim=2)  # (B, r, c, o)
-        return y.permute(0, 3, 1, 2)
+        # Row a * k + b of this product averages over the region in row a and column b of the grid.
+        matrices = [torch.kron(averaging_matrix(h, k, x), averaging_matrix(w, k, x))
+                    for k in self.bins]
+        means = x.flatten(2) @ torch.cat(matrices).mT  # (B, C, h w) @ (h w, 1 + 4 + 9 + 36)
+        levels = means.split([k * k for k in self.bins], dim=2)
+        return [level.unflatten(2, (k, k)) for k, level in zip(self.bins, levels, strict=True)]
 
-    def pool(self, x):
-        """x (B, C, h, w) -> a list with the means of each level's regions, (B, C, k, k). Sums are
-        products with 0 and 1, and divided afterwards: bfloat16 holds 1 exactly, but not 1 / 3."""
-        h, w = x.shape[2:]
-        x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
-        rows = torch.cat([region_matrix(k, h, x) for k in self.bins])  # (1 + 2 + 3 + 6, h)
-        counts = rows.float().sum(dim=1, keepdim=True)  # bfloat16 is exact up to 256 only
-        strips = (rows @ x.flatten(2) / counts).to(x.dtype)  # (B, 1 + 2 + 3 + 6, w C)
-        means = []
-        for k, strip in zip(self.bins, strips.split(self.bins, dim=1), strict=True):
-            columns = region_matrix(k, w, x)
-            counts = columns.float().sum(dim=1, keepdim=True)
-            cells = (columns @ strip.unflatten(2, (w, -1)) / counts).to(x.dtype)  # (B, k, k, C)
-            means.append(cells.permute(0, 3, 1, 2))
-        return means
+    def shifts(self, matrix):
+        """(length, k) -> (length, 3, k): [r, u] is row r + u - 1, or 0 beyond the ends, which is
+        the zero padding of the convolution."""
+        padded = F.pad(matrix, (0, 0, 1, 1))
+        return torch.stack([padded[:-2], padded[1:-1], padded[2:]], dim=1)
 
 
 class FastPSPNet(PSPNet):
-    """The same function as PSPNet: faster, and on CUDA with the same gradients in every run."""
+    """The same function as PSPNet, but faster, and without the operations of which PyTorch has no
+    reproducible gradient on CUDA."""
 
     Head = FastPyramidHead
 
     def upsample(self, x, size):
-        """Bilinear as well, as two matrix products: on CUDA the gradient of F.interpolate is not
-        deterministic by default. In float32 (or float64) also under autocast, for the loss."""
-        device = "cpu" if x.is_meta else x.device.type  # "meta" has no autocast
-        with torch.autocast(device, enabled=False):
+        """Bilinear as well: R stretches the rows, S the columns. In float32 (or float64) also under
+        autocast, for the loss. x (B, C, h, w), size (H, W) -> (B, C, H, W)"""
+        with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            R = interpolation_matrix(x.shape[2], size[0], x)
-            S = interpolation_matrix(x.shape[3], size[1], x)
+            R = interpolation_matrix(x.shape[2], size[0], x)  # (H, h)
+            S = interpolation_matrix(x.shape[3], size[1], x)  # (W, w)
             return R @ (x @ S.mT)
 
 
@@ -354,94 +366,115 @@ class CheckpointError(Exception):
 
 
 def reason_of(error):
-    """The line of a loading error that says what is wrong, in PyTorch's words."""
-    return str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
+    """The beginning of an error's text, on one line, without PyTorch's advice to run a file that it
+    refuses to read. (That stands in front of the reason.)"""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return " ".join(text.split())[:200] or repr(error)
 
 
 def read_weights(path):
-    """(state dict, checkpoint) of a file of torch.save's, on the CPU. A bare state dict is
-    returned twice. Raises OSError, and CheckpointError where the file holds no weights."""
+    """Reads what torch.save has written, to the CPU -> (weights, checkpoint), both dictionaries. A
+    checkpoint holds weights in "state_dict"; a file may also hold weights only, then both are the
+    same. Raises OSError, and CheckpointError for other files."""
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         except Exception as error:  # a damaged file makes torch.load raise almost anything
             raise CheckpointError(f"{path} cannot be read as what torch.save writes "
                                   f"({reason_of(error)})") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict):
         raise CheckpointError(f"{path} holds no dictionary of weights")
-    return state, checkpoint
+    return weights, checkpoint
 
 
-def shapes(state):
-    """name -> shape in a state dict, without batch norm's counters, which older files lack."""
-    return {name: getattr(value, "shape", None) for name, value in state.items()
-            if not str(name).endswith("num_batches_tracked")}
+def arguments_of(weights):
+    """The arguments of PSPNet for weights of mmsegmentation. How many blocks stage 3 has, and the
+    kind of stem, tell the backbone. Raises KeyError and StopIteration where they don't."""
+    depth = len({name.split(".")[2] for name in weights if name.startswith("backbone.layer3.")})
+    deep_stem = "backbone.stem.0.weight" in weights
+    backbone = next(name for name, backbone in BACKBONES.items()
+                    if backbone.depths[2] == depth and backbone.deep_stem == deep_stem)
+    return {"num_classes": len(weights["decode_head.conv_seg.bias"]), "backbone": backbone}
+
+
+# Settings of mmsegmentation that change what a network computes, but neither the names nor the
+# shapes of its weights. The values are ours, written without spaces, and with ( for [.
+SETTINGS = {"strides": "(1,2,1,1)", "dilations": "(1,1,2,4)", "contract_dilation": "True",
+            "style": "'pytorch'", "pool_scales": "(1,2,3,6)", "align_corners": "False",
+            "bgr_to_rgb": "True", "to_rgb": "True", "mean": "(123.675,116.28,103.53)",
+            "std": "(58.395,57.12,57.375)"}
+
+
+def check_settings(text):
+    """Raises ValueError if this configuration of mmsegmentation has others than SETTINGS."""
+    text = "".join(text.split()).replace("[", "(").replace("]", ")").replace(",)", ")")
+    for name, value in SETTINGS.items():
+        pattern = r"\(.*?\)" if value.startswith("(") else r"[^,)]*"
+        for other in re.findall(rf"\b{name}=({pattern})", text):
+            if other != value:
+                raise ValueError(f"it was trained with {name}={other}, and this has {value}")
 
 
 def load_net(path):
     """The FastPSPNet that a checkpoint holds, on the CPU, in eval mode, in float32. Its attribute
     class_names is a list, or None where the checkpoint has none. A checkpoint of train.py has the
-    arguments of PSPNet in "model"; in one of mmsegmentation the shapes tell the backbone.
-
-    Raises OSError, and CheckpointError for every other file, also for mmsegmentation's PSPNets of
-    output stride 32 and of align_corners=True (crop 769x769), although their weights would fit."""
-    state, checkpoint = read_weights(path)
-    config = str(checkpoint.get("meta"))  # where mmsegmentation keeps the text of its configuration
-    for setting in ("strides=(1, 2, 2, 2)", "align_corners=True"):
-        if setting in config:
-            raise CheckpointError(f"{path} was trained with {setting}, which would need another "
-                                  "network than this (strides=(1, 2, 1, 1), align_corners=False)")
-    classifier = shapes(state).get("decode_head.conv_seg.bias") or [1]
-    for backbone in BACKBONES:
-        arguments = {"num_classes": classifier[0], "backbone": backbone}
-        try:
-            with torch.device("meta"):  # a device without memory: names and shapes, no values
-                net = FastPSPNet(**checkpoint.get("model", arguments))
-            if shapes(net.state_dict()) == shapes(state):
-                # From a plain dict batch norm adds the counters that older files lack.
-                net.load_state_dict(dict(state), assign=True)  # "meta" holds nothing to copy to
-                class_names = checkpoint.get("classes")
-                net.class_names = class_names if isinstance(class_names, list) else None
-                return net.float().eval()
-        except Exception:  # "model" or the weights are those of another program
-            break
-    raise CheckpointError(f"{path} holds no PSPNet of this program or of mmsegmentation: names, "
-                          f"shapes or types are others (the first is {next(iter(state), None)!r})")
+    arguments of PSPNet in "model". Raises OSError, and CheckpointError for every other file, also
+    for mmsegmentation's with other SETTINGS (for example those of crop 769x769)."""
+    weights, checkpoint = read_weights(path)
+    try:
+        meta = dict(checkpoint.get("meta") or {})  # mmsegmentation's: how the file was made
+        check_settings(str(meta.get("cfg", meta.get("config"))))
+        net = FastPSPNet(**(checkpoint.get("model") or arguments_of(weights)))
+        # Files that are older than PyTorch 1.0 lack batch norm's counters. load_state_dict adds
+        # them, if it gets a plain dictionary.
+        net.load_state_dict(dict(weights))
+        names = meta.get("CLASSES", (meta.get("dataset_meta") or {}).get("classes"))
+        names = checkpoint.get("classes", names)
+        net.class_names = None if names is None else [str(name) for name in names]
+    except Exception as error:  # the file is one of another program
+        raise CheckpointError(f"{path} holds no PSPNet of this program or of mmsegmentation "
+                              f"({reason_of(error)})") from error
+    return net.eval()
 
 
-def load_backbone(net, weights):
-    """Put an ImageNet classifier's weights into net.backbone: of the file `weights`, or, if that is
-    "imagenet", of the file in BACKBONES, which torch.hub downloads once. Raises OSError, and
-    CheckpointError where they can't be had or are another backbone's."""
-    backbone = net.arguments["backbone"]
-    if weights == "imagenet":
-        _, _, _, url = BACKBONES[backbone]
-        weights = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        if not weights.exists():
+def load_backbone(net, source):
+    """Put weights of an ImageNet classifier into net.backbone. `source` is a file, or "imagenet":
+    the file in BACKBONES, which torch.hub downloads once. Raises OSError, and CheckpointError where
+    they can't be had or are another backbone's."""
+    name = net.arguments["backbone"]
+    path = source
+    if source == "imagenet":
+        file = BACKBONES[name].weights
+        folder = "openmmlab.com/pretrain/third_party" if "v1c" in file else "pytorch.org/models"
+        url = f"https://download.{folder}/{file}"
+        path = Path(torch.hub.get_dir(), "checkpoints", file)
+        if not path.exists():
             try:  # It puts the file there, whole or not at all.
-                torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+                torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                   weights_only=True)
             except Exception as error:  # no network, no space, another hash
                 raise CheckpointError(f"cannot download {url} ({reason_of(error)}): give --weights "
                                       "FILE, or --weights none") from error
-    state, _ = read_weights(weights)
-    state = {name: value for name, value in state.items() if not str(name).startswith("fc.")}
-    if shapes(state) != shapes(net.backbone.state_dict()):
-        raise CheckpointError(f"{weights} does not hold a {backbone}: names and shapes are others")
-    net.backbone.load_state_dict(state)
+    weights, _ = read_weights(path)
+    try:  # without the classifier of ImageNet
+        net.backbone.load_state_dict({name: value for name, value in weights.items()
+                                      if not name.startswith("fc.")})
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no {name} ({reason_of(error)})") from error
 
 
 if __name__ == "__main__":
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode  # on Windows it warns when it is imported
 
     net = PSPNet().double().eval()
     fast = FastPSPNet().double().eval()
     fast.load_state_dict(net.state_dict())
     images = torch.randint(256, (1, 3, 128, 256))
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"{parameters:,} parameters")
+    print(f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters")
     for kind in (PSPNet, FastPSPNet):
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without values
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:  # without values
             kind().eval()(torch.empty(1, 3, 512, 1024))
         print(f"{kind.__name__}: {counter.get_total_flops() / 1e9:.0f} GFLOP for 512x1024 pixels")
     with torch.inference_mode():

@@ -4,40 +4,29 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-All run one recipe, 40,000 iterations of 8 images of 512x1024. It is mmsegmentation 1.2.2's
-pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. README.md lists how it
-differs from the paper's. The folder --out gets
+All run one recipe: ResNet-50, levels 1, 2, 3 and 6, 40,000 iterations of 8 crops of 512x1024, a
+learning rate from 0.01 to 0.0001, momentum 0.9, weight decay 0.0005. It is that of mmsegmentation
+1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. README.md lists
+what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     log.jsonl           a line of JSON every 10 iterations, and per save, start and validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. --resume goes on from last.pt, with the same samples, momentum
-and, with as many processes, dropout. So on a CPU the weights at the end are the same bytes as those
-of a run in one go. (Some iterations then stand twice in the log. The later line counts.)
+A run may be killed at any moment. --resume goes on from last.pt, with the same samples and
+momentum, and with the same dropout if the number of processes is the same. On a CPU the weights at
+the end are then identical to those of a run in one go. (The log has some iterations twice. The
+later line counts.)
 """
-import argparse
-import json
-import math
-import os
-import sys
-from functools import partial
-from io import BytesIO
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cityscapes import Cityscapes  # the data set: for one of your own change this line
-from cityscapes import (VOID, DataError, TrainingStream, at_least, colored, save_sheet, to_picture,
-                        to_tensors)
-from evaluate import (autocast, compare_processes, evaluate, format_scores, predict, rank_and_world,
-                      scores_of, share_of_cores, start_process)
-from pspnet import BACKBONES, CheckpointError, FastPSPNet, load_backbone, load_net, read_weights
+from cityscapes import VOID, TrainingStream
+from evaluate import autocast
+from pspnet import FastPSPNet
 
 
 def poly_lr(iteration, iters, base_lr=0.01):
@@ -47,16 +36,111 @@ def poly_lr(iteration, iters, base_lr=0.01):
     return end_lr + (base_lr - end_lr) * (1 - iteration / max(1, iters - 1)) ** 0.9
 
 
-def segmentation_loss(logits, label):
-    """Cross entropy: logits (B, C, H, W), label (B, H, W) of train ids, int64, 255 void -> scalar.
+def segmentation_loss(logits, labels):
+    """Cross entropy: logits (B, C, H, W), labels (B, H, W) of train ids, int64, 255 void -> scalar.
 
-    The sum over the labelled pixels is divided by the number of ALL pixels (mmsegmentation's
-    avg_non_ignore=False). So a batch that is all void gives 0, not 0/0. And as every process
-    divides by the same number, the mean of their losses is that of the whole batch."""
-    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="none").mean()
+    Void pixels add 0 to the sum, but are counted in the mean (mmsegmentation's
+    avg_non_ignore=False). So a batch without labels has loss 0, not 0/0. And the mean of the losses
+    of several processes is the loss of the whole batch, because all divide by the same number."""
+    return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
 
 
-def parse_args(device, world):
+def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
+    """One step of SGD: images (B, 3, H, W), uint8, and labels (B, H, W), int64 -> the loss, a
+    scalar. `precision`: see autocast. `scaler` works in "fp16" only."""
+    with autocast(images.device, precision):
+        logits, aux_logits = model(images)
+        loss = segmentation_loss(logits, labels)
+        loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # section 3.3
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would be 0
+    scaler.step(optimizer)  # fp16: divides the gradients again; no step if one is not finite
+    scaler.update()
+    return loss.detach()
+
+
+def main(argv=None):
+    # start_process is evaluate.py's. parse_args, data_sets and Run are below, after the lesson.
+    device, rank, world = start_process()  # this process: its GPU or CPU, its number, of how many
+    args = parse_args(device, world, argv)  # the options: python train.py --help
+    train_set, val_set = data_sets(args)
+
+    # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
+    # network, which is evaluated and saved. `model` is net wrapped for several processes.
+    torch.manual_seed(args.seed % 2**32)
+    net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
+    if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    # The order of the values in memory with which convolutions and their gradients are fast
+    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+    net.to(device, memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    run = Run(args, net, optimizer, scaler, train_set, val_set, device)
+    start = run.begin()  # loads the first weights, or with --resume the latest checkpoint
+    model = net
+    if world > 1:
+        # All processes begin with the weights of process 0. Backward averages the gradients over
+        # them, so that all take the same step.
+        model = DistributedDataParallel(net)
+
+    # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out to the
+    # processes. With 8 a batch and two processes, process 0 gets 24, 26, 28 and 30 in iteration 3.
+    stream = TrainingStream(train_set, args.crop, args.seed)
+    samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
+    loader = DataLoader(stream, args.batch_size // world, sampler=samples,
+                        num_workers=args.workers, pin_memory=device.type != "cpu")
+    bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
+
+    net.train()
+    for iteration, (images, labels) in zip(bar, loader, strict=True):
+        lr = poly_lr(iteration, args.iters, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Only dropout is random here. Its seed depends on iteration and process, so that a resumed
+        # run drops the same.
+        torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**32)
+
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True).long()  # cross_entropy needs int64
+        loss = training_step(model, images, labels, optimizer, scaler, args.precision)
+        run.losses.append(loss)  # stays on the GPU: to read it we would have to wait
+
+        step = iteration + 1  # how many iterations are finished
+        validating = step % args.val_every == 0 or step == args.iters
+        saving = validating or step % args.save_every == 0
+        if saving or step % 10 == 0:
+            run.log_losses(step, lr, bar)  # their mean since the last time
+        if validating:
+            run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
+        if saving:
+            run.save(step, "last.pt")
+
+
+# Here the lesson ends. What follows are the options, the data sets, and what a run writes. --------
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.utils.data import ConcatDataset
+
+from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import (DataError, TensorPairs, at_least, check_classes, colored, read_pair,
+                        save_sheet, to_picture)
+from evaluate import (compare_processes, end_process, evaluate, format_scores, predict,
+                      rank_and_world, scores_of, share_of_cores, show_two_classes, start_process)
+from pspnet import BACKBONES, CheckpointError, load_backbone, load_net, read_weights
+
+
+def parse_args(device, world, argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -65,8 +149,7 @@ def parse_args(device, world):
     add("--backbone", choices=BACKBONES, default="resnet50_v1c")
     add("--bins", type=at_least(1), nargs="*", default=[1, 2, 3, 6], metavar="K",
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
-    add("--weights", default="imagenet", metavar="imagenet|none|FILE",
-        help="what the backbone starts from (imagenet, which is downloaded)")
+    add("--weights", default="imagenet", metavar="imagenet|none|FILE", help="of the backbone")
     add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
     add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
         help="size of the training samples in pixels (512 1024)")
@@ -74,8 +157,8 @@ def parse_args(device, world):
     add("--iters", type=at_least(1), default=40_000, help="iterations (40000)")
     add("--lr", type=at_least(0, float), default=0.01, help="the first learning rate (0.01)")
     add("--seed", type=at_least(0), default=0, help="of samples, dropout and new weights (0)")
-    add("--workers", type=at_least(0), default=share_of_cores(8),
-        help="processes that make samples, for each GPU (its share of the cores, up to 8)")
+    add("--workers", type=at_least(0), default=share_of_cores(16),
+        help="processes that make samples, for each GPU (its share of the cores, up to 16)")
     add("--val-every", type=at_least(1), default=4000, help="iterations between validations (4000)")
     add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints (500)")
     precision = "fp32"
@@ -83,118 +166,35 @@ def parse_args(device, world):
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     add("--precision", choices=("fp32", "bf16", "fp16"), default=precision,
         help="fp16 and bf16 are autocast (on a GPU bf16, fp16 where that is only emulated)")
-    add("--compile", action="store_true", help="torch.compile the network")
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
     add("--resume", action="store_true", help="go on from last.pt in --out, or start without one")
-    args = parser.parse_args()
-    # Batch norm needs two values per channel, and the 1x1 level gives one per image. On GPUs
-    # SyncBatchNorm takes the images of all processes together, on CPUs each has its own.
+    args = parser.parse_args(argv)
+    # In the 1x1 level each image gives one value per channel, and batch norm needs at least two. On
+    # GPUs SyncBatchNorm counts the images of all processes. On CPUs each process is on its own.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be {least} or more, and a multiple of {world} (processes)")
     return args
 
 
-def main():
-    device, rank, world = start_process()  # this process: its GPU or CPU, its number, of how many
-    args = parse_args(device, world)
-    out = Path(args.out)
-    if rank == 0 and out.exists() and not args.resume:
-        raise DataError(f"{out} exists already: type --resume to go on with it, or another --out")
-
+def data_sets(args):
+    """The data sets to train on and to validate on."""
     train_set, val_set = Cityscapes(args.data, "train"), Cityscapes(args.data, "val")
     if args.coarse:
         train_set = ConcatDataset([train_set, Cityscapes(args.data, "train_extra")])
         train_set.classes = val_set.classes
-    class_names = [entry.name for entry in val_set.classes]
-    # The recipe: what the weights depend on. A resumed run must have the same.
-    not_recipe = ("data", "out", "workers", "val_every", "save_every", "resume")
-    recipe = {name: value for name, value in vars(args).items() if name not in not_recipe}
-    recipe.update(images=len(train_set), classes=class_names)
-
-    # The network: `net` is the plain one, evaluated and saved; `model` is net wrapped for training.
-    torch.manual_seed(args.seed % 2**32)
-    net = FastPSPNet(len(class_names), args.backbone, args.bins)
-    if world > 1 and device.type != "cpu":  # statistics of all processes' images
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device, memory_format=torch.channels_last)  # the layout in which convolutions are fast
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-
-    # The start: a checkpoint of this run, or the weights of --weights or --init. (A run that was
-    # killed between the first best.pt and the first last.pt has best.pt only.)
-    saved = [path for path in (out / "last.pt", out / "best.pt") if path.exists()]
-    start, best_miou = 0, -1.0
-    if args.resume and saved:
-        start, best_miou = restore(saved[0], recipe, net, optimizer, scaler)
-    elif rank == 0:  # DistributedDataParallel, below, copies them to the other processes
-        load_first_weights(net, args, class_names)
-    compare_processes(start=start, **recipe)  # an error where two machines got different options
-    model = torch.compile(net) if args.compile else net  # It has net's weights.
-    if world > 1:  # Backward averages the gradients, so that all processes take the same step.
-        model = DistributedDataParallel(model)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{world} x {device.type}, {args.precision}: {len(train_set)} images to train on, "
-              f"{len(val_set)} to validate, iterations {start} to {args.iters}", flush=True)
-        write_log(out, "start", start, processes=world, device=str(device), **recipe)
-
-    # Iteration i has the samples from i * batch_size on. Of two processes 0 has the even ones.
-    stream = TrainingStream(train_set, args.crop, args.seed)
-    samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
-    loader = DataLoader(stream, args.batch_size // world, sampler=samples,
-                        num_workers=args.workers, pin_memory=device.type != "cpu")
-    bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
-
-    net.train()
-    for iteration, (image, label) in zip(bar, loader, strict=True):
-        image = image.to(device, non_blocking=True)  # (B, 3, H, W), uint8; B: of this process
-        label = label.to(device, non_blocking=True).long()  # (B, H, W), as cross_entropy wants it
-        lr = poly_lr(iteration, args.iters, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Dropout gets a seed of its own in each iteration and process: a resumed run has the same.
-        torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**32)
-
-        with autocast(device, args.precision):
-            logits, aux_logits = model(image)
-            loss = segmentation_loss(logits, label)
-            loss = loss + 0.4 * segmentation_loss(aux_logits, label)  # section 3.3
-        scaler.scale(loss).backward()  # for fp16, where small gradients would be 0
-        scaler.step(optimizer)  # scales back; leaves out a step that is not finite
-        scaler.update()
-        optimizer.zero_grad()
-
-        step = iteration + 1  # how many iterations are finished
-        validating = step % args.val_every == 0 or step == args.iters
-        saving = step % args.save_every == 0 or validating
-        if step % 10 == 0 or saving:
-            mean_loss = mean_over_processes(loss)  # waits for the GPU
-            if rank == 0:
-                write_log(out, "train", step, lr=lr, loss=mean_loss)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.2g}", refresh=False)
-        if validating:
-            scores = validate(net, val_set, device, args, out / f"val_{step:06}.png")
-            net.train()  # validate has left it in eval mode
-            if rank == 0:
-                write_log(out, "validation", step, **scores)
-        if saving and rank == 0:
-            is_best = validating and scores["miou"] > best_miou
-            best_miou = scores["miou"] if is_best else best_miou
-            checkpoint = {"state_dict": net.state_dict(), "model": net.arguments,
-                          "classes": class_names, "optimizer": optimizer.state_dict(),
-                          "scaler": scaler.state_dict(), "step": step, "best": best_miou,
-                          "recipe": recipe}
-            if is_best:  # before last.pt, so that a kill between the two loses nothing
-                save(checkpoint, out / "best.pt")
-            save(checkpoint, out / "last.pt")
-
-    if rank == 0 and start < args.iters:
-        print(f"best mIoU {100 * best_miou:.2f} %. Look at {out}/val_{step:06}.png. Then type\n"
-              f"python evaluate.py --ckpt {out}/best.pt --images PHOTO --save-color {out}/photos")
+    check_classes(val_set.classes)
+    for split, dataset in (("train", train_set), ("val", val_set)):
+        if len(dataset) == 0:
+            raise DataError(f"the data set has no images in {split}")
+        counts = sum(torch.tensor(read_pair(dataset, i)[1].histogram()) for i in six_of(dataset))
+        show_two_classes(counts[:VOID], f"six images of {split}")
+    return train_set, val_set
 
 
-# Here the lesson ends. What follows are first weights, checkpoints, the log, validation. ----------
+def six_of(dataset):
+    """The numbers of six images (or of all, if there are fewer) from all over a data set."""
+    return range(0, len(dataset), max(1, len(dataset) // 6))[:6]
 
 
 def load_first_weights(net, args, class_names):
@@ -204,88 +204,140 @@ def load_first_weights(net, args, class_names):
         other = load_net(args.init)
         if {**other.arguments, "num_classes": len(class_names)} != net.arguments:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
-        state = other.state_dict()
+        weights = other.state_dict()
         if other.arguments != net.arguments or other.class_names not in (None, class_names):
             print(f"{args.init} knows other classes: the two classifiers start at random")
-            for name, value in net.state_dict().items():
-                if ".conv_seg." in name:
-                    state[name] = value
-        net.load_state_dict(state)
+            for name in [name for name in weights if ".conv_seg." in name]:
+                weights[name] = net.state_dict()[name]
+        net.load_state_dict(weights)
     elif args.weights != "none":
         load_backbone(net, args.weights)
 
 
-def restore(path, recipe, net, optimizer, scaler):
-    """Give `net`, `optimizer` and `scaler` what the checkpoint holds. Returns how many iterations
-    it has finished, and its best mIoU. Raises CheckpointError where it is of another recipe."""
-    state, checkpoint = read_weights(path)
-    before = checkpoint.get("recipe") or {}
-    changed = [f"{name} was {before.get(name)} and is {recipe.get(name)}"
-               for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
-    if changed:
-        raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): resume "
-                              "with the old one, or start again with another --out")
-    net.load_state_dict(state)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["best"]
+class Run:
+    """A training and its folder --out: where it starts, and what it writes after which step."""
 
+    def __init__(self, args, net, optimizer, scaler, train_set, val_set, device):
+        self.args, self.net, self.optimizer, self.scaler = args, net, optimizer, scaler
+        self.val_set, self.device, self.out = val_set, device, Path(args.out)
+        self.rank, self.world = rank_and_world()
+        self.class_names = check_classes(val_set.classes)
+        # The recipe: all that influences the weights. --resume refuses another recipe.
+        self.recipe = {**vars(args), "images": len(train_set), "classes": self.class_names}
+        for name in ("data", "out", "workers", "val_every", "save_every", "resume"):
+            del self.recipe[name]
+        self.best_miou = -1.0
+        self.losses, self.began = [], None  # of the iterations that are not logged yet
 
-def save(checkpoint, path):
-    """torch.save, whole or not at all: at every moment `path` is the old file or the new one.
-    Raises FloatingPointError where weights are not finite: the old file is worth more."""
-    if not all(value.isfinite().all() for value in checkpoint["state_dict"].values()):
-        raise FloatingPointError("weights are not finite, and not saved: try a lower --lr")
-    content = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
-    torch.save(checkpoint, content)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())  # to the disk, before the name
-    os.replace(temporary, path)
+    def begin(self):
+        """Load first weights or a checkpoint. Returns how many iterations are finished. Raises
+        DataError where --out exists already, or where processes got different options."""
+        step = 0
+        saved = [path for path in (self.out / "last.pt", self.out / "best.pt") if path.exists()]
+        if self.args.resume and saved:  # best.pt is a whole checkpoint, too
+            step = self.restore(saved[0])
+        elif self.rank == 0:  # the others get them from DistributedDataParallel
+            load_first_weights(self.net, self.args, self.class_names)
+        compare_processes(step=step, **self.recipe)
+        if self.rank == 0:
+            try:  # as late as here, so that no mistake above leaves an empty folder
+                self.out.mkdir(parents=True, exist_ok=self.args.resume)
+            except FileExistsError as error:  # also if another process has just made it
+                raise DataError(f"{self.out} exists already: type --resume to go on with it, or "
+                                "another --out") from error
+            print(f"{self.world} x {self.device.type}, {self.args.precision}: "
+                  f"{self.recipe['images']} images to train on, {len(self.val_set)} to validate, "
+                  f"iterations {step} to {self.args.iters}", flush=True)
+            self.log("start", step, processes=self.world, device=str(self.device), **self.recipe)
+        self.began = time.perf_counter()
+        return step
 
+    def restore(self, path):
+        """Load a checkpoint, and return how many iterations it has finished. Raises CheckpointError
+        where it is of another recipe."""
+        weights, checkpoint = read_weights(path)
+        before = checkpoint.get("recipe") or {}
+        changed = [f"{name} was {before.get(name)} and is {self.recipe.get(name)}"
+                   for name in {**before, **self.recipe}
+                   if before.get(name) != self.recipe.get(name)]
+        if changed:
+            raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): "
+                                  "resume with the old one, or start again with another --out")
+        self.net.load_state_dict(weights)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.best_miou = checkpoint["best"]
+        return checkpoint["step"]
 
-def write_log(out, event, step, **values):
-    """Append a line of JSON to log.jsonl."""
-    with open(out / "log.jsonl", "a") as file:
-        print(json.dumps({"event": event, "step": step, **values}), file=file)
+    def log_losses(self, step, lr, bar):
+        """The mean of the losses since the last time, over all processes. Raises FloatingPointError
+        where it is not finite."""
+        loss = torch.stack(self.losses).mean()
+        if self.world > 1:
+            dist.all_reduce(loss)  # the sum over all processes
+        mean_loss = loss.item() / self.world  # waits for the GPU
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr")
+        seconds = (time.perf_counter() - self.began) / len(self.losses)
+        bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.2g}", refresh=False)
+        self.log("train", step, lr=lr, loss=mean_loss, seconds=round(seconds, 3))
+        self.losses, self.began = [], time.perf_counter()
 
+    def validate(self, step):
+        """Every process must call this. Process 0 prints the table, draws some predictions, and
+        saves best.pt."""
+        if self.world > 1:  # Without SyncBatchNorm processes differ in batch norm's statistics.
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)  # Those of process 0 count.
+        predict_image = partial(predict, precision=self.args.precision)
+        matrix = evaluate(self.net, self.val_set, self.device, predict_image, self.args.workers)
+        scores = scores_of(matrix, self.val_set.classes)
+        if self.rank == 0:
+            pictures, classes = [], self.val_set.classes  # photographs, truth and prediction
+            for i in six_of(self.val_set):
+                image, label = TensorPairs(self.val_set)[i]
+                prediction = predict_image(self.net, image.to(self.device)).cpu()
+                pictures += [to_picture(image), colored(label, classes), colored(prediction, classes)]
+            path = self.out / f"val_{step:06}.png"
+            save_sheet(path, pictures, 3, classes)
+            print(f"\n{format_scores(scores)}\nPredictions, in {self.args.precision}: {path}")
+            gib = torch.cuda.max_memory_allocated() / 2**30  # the most so far; 0 on a CPU
+            self.log("validation", step, gib=round(gib, 2), **scores)
+            if show_two_classes(matrix.sum(dim=1), "val") and scores["miou"] > self.best_miou:
+                self.best_miou = scores["miou"]
+                # Before last.pt: a run that is killed between the two comes here once more.
+                self.save(step, "best.pt")
+        self.net.train()  # evaluate has left it in eval mode
+        self.began = time.perf_counter()
 
-def mean_over_processes(loss):
-    """The mean loss of all processes, a number. Raises FloatingPointError if it is not finite."""
-    _, world = rank_and_world()
-    loss = loss.detach()
-    if world > 1:
-        dist.all_reduce(loss)
-    mean_loss = loss.item() / world
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr")
-    if mean_loss == 0:
-        tqdm.write("the loss is 0: no pixel of these samples is labelled", file=sys.stderr)
-    return mean_loss
+    def save(self, step, name):
+        """Process 0 writes a checkpoint, from which --resume can go on, whole or not at all: at
+        every moment the file is the old one or the new one. Raises FloatingPointError where weights
+        are not finite: the old file is worth more."""
+        if self.rank > 0:
+            return
+        weights = self.net.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise FloatingPointError("weights are not finite, and not saved: try a lower --lr")
+        checkpoint = {"state_dict": weights, "model": self.net.arguments,
+                      "classes": self.class_names, "optimizer": self.optimizer.state_dict(),
+                      "scaler": self.scaler.state_dict(), "step": step, "best": self.best_miou,
+                      "recipe": self.recipe}
+        content = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
+        torch.save(checkpoint, content)
+        temporary = self.out / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # to the disk, before it gets its name
+        os.replace(temporary, self.out / name)
+        self.began = time.perf_counter()
 
-
-def validate(net, val_set, device, args, picture_path):
-    """Score `net`. Every process must call this. Process 0 prints the table, and draws photograph,
-    truth and prediction of six images from all over the split."""
-    rank, world = rank_and_world()
-    if world > 1:  # Without SyncBatchNorm processes differ in batch norm's running statistics.
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)  # Those of process 0 count.
-    predict_image = partial(predict, precision=args.precision)
-    matrix = evaluate(net, val_set, device, predict_image, args.workers)
-    scores = scores_of(matrix, val_set.classes)
-    if rank == 0:
-        print(f"\n{format_scores(scores)}\nsix images of val: {picture_path}", flush=True)
-        pictures = []
-        for i in range(0, len(val_set), max(1, len(val_set) // 6))[:6]:
-            image, label = to_tensors(val_set[i])
-            prediction = predict_image(net, image.to(device)).cpu()
-            pictures += [to_picture(image), colored(label, val_set.classes),
-                         colored(prediction, val_set.classes)]
-        save_sheet(picture_path, pictures, 3, val_set.classes)
-    return scores
+    def log(self, event, step, **values):
+        """Append a line of JSON to log.jsonl."""
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                print(json.dumps({"event": event, "step": step, **values}), file=file)
 
 
 if __name__ == "__main__":
@@ -295,6 +347,7 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time and helps nobody here
     try:
         main()
+        end_process()
     except (OSError, DataError, CheckpointError, FloatingPointError) as error:
         # A worker's error has its traceback before the sentence.
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"train.py: {(str(error).strip() or repr(error)).splitlines()[-1]}")
