@@ -285,8 +285,7 @@ def parse_args(argv):
     add("--save-color", metavar="DIR", help="write colors, also over the image")
     add("--json", metavar="FILE", help="write the scores of train or val")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of autocast (fp32)")
-    add("--workers", type=at_least(0), default=share_of_cores(4),
-        help="processes that decode images, for each GPU (its share of the cores, up to 4)")
+    add("--workers", type=at_least(0), default=share_of_cores(4), help="loaders (%(default)s)")
     args = parser.parse_args(argv)
     saving = args.save_ids or args.save_color
     if (args.images or args.split == "test") and (args.json or not saving):

@@ -157,8 +157,7 @@ def parse_args(device, world, argv):
     add("--iters", type=at_least(1), default=40_000, help="iterations (40000)")
     add("--lr", type=at_least(0, float), default=0.01, help="the first learning rate (0.01)")
     add("--seed", type=at_least(0), default=0, help="of samples, dropout and new weights (0)")
-    add("--workers", type=at_least(0), default=share_of_cores(16),
-        help="processes that make samples, for each GPU (its share of the cores, up to 16)")
+    add("--workers", type=at_least(0), default=share_of_cores(16), help="loaders (%(default)s)")
     add("--val-every", type=at_least(1), default=4000, help="iterations between validations (4000)")
     add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints (500)")
     precision = "fp32"
@@ -297,7 +296,8 @@ class Run:
             for i in six_of(self.val_set):
                 image, label = TensorPairs(self.val_set)[i]
                 prediction = predict_image(self.net, image.to(self.device)).cpu()
-                pictures += [to_picture(image), colored(label, classes), colored(prediction, classes)]
+                pictures.append(to_picture(image))
+                pictures += [colored(train_ids, classes) for train_ids in (label, prediction)]
             path = self.out / f"val_{step:06}.png"
             save_sheet(path, pictures, 3, classes)
             print(f"\n{format_scores(scores)}\nPredictions, in {self.args.precision}: {path}")
