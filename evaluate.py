@@ -146,7 +146,7 @@ def scores_of(matrix, classes):
     # The confusion matrix of categories: each class is counted as its category.
     categories = list(dict.fromkeys(entry.category for entry in classes))  # unique, in order
     place = [categories.index(entry.category) for entry in classes]
-    category_matrix = torch.zeros(len(categories), len(categories))
+    category_matrix = matrix.new_zeros(len(categories), len(categories))
     for i in range(len(classes)):
         for j in range(len(classes)):
             category_matrix[place[i], place[j]] += matrix[i, j]

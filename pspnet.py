@@ -273,8 +273,8 @@ def matrix_of(function, length, like):
     dtype = torch.promote_types(like.dtype, torch.float32)  # computed in float32, or float64
     unit_vectors = torch.eye(length, dtype=dtype, device=like.device)
     columns = function(unit_vectors[None])[0]  # all at once, as channels: (length, outputs)
-    matrix = columns.mT.clone(memory_format=torch.contiguous_format)  # as torch.kron needs it
-    return matrix.to(like.dtype)
+    # A copy in the usual order in memory, which torch.kron needs
+    return columns.mT.clone(memory_format=torch.contiguous_format).to(like.dtype)
 
 
 def averaging_matrix(length, k, like):
