@@ -2,16 +2,17 @@
 an endless stream of training samples.
 
     dataset = Cityscapes("data/cityscapes", "val")
-    picture, label = dataset[0]  # pictures of Pillow: RGB; train ids in one channel; 2048 x 1024
+    picture, label = dataset[0]  # Pillow's pictures, 1024 pixels high and 2048 wide
     stream = TrainingStream(Cityscapes("data/cityscapes", "train"), crop_size=(512, 1024), seed=0)
-    image, label = stream[12345]  # uint8 tensors: (3, 512, 1024), (512, 1024), augmented
+    image, label = stream[12345]  # uint8 tensors: (3, 512, 1024), RGB, and (512, 1024)
 
     python cityscapes.py --data DIR          # counts the photographs, draws training samples
     python cityscapes.py --data DIR --check  # decodes all files first, and lists what is wrong
 
 Two numbers stand for a class. Its label id is the one in the files. Its train id, 0 to 18, is the
 one that the network learns. The train id 255 is void: such a pixel is neither trained nor scored.
-A label is a map of train ids. In this program a picture is Pillow's, and an image is a tensor.
+A label says for each pixel of a photograph which class is there: it is a map of train ids. In names
+a picture is Pillow's, and an image is a tensor. A label may be either.
 
 To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
 __len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
@@ -19,7 +20,6 @@ predictions it also needs name(i), a path without an ending.
 """
 import glob
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ VOID = 255  # the train id of all other pixels
 TRAIN_IDS = {entry.id: train_id for train_id, entry in enumerate(CLASSES)}  # label id -> train id
 
 
-# The files. What is wrong with a file becomes a sentence, DataError. ------------------------------
+# The files --------------------------------------------------------------------------------------
 
 
 class DataError(Exception):
@@ -72,7 +72,7 @@ class DataError(Exception):
 def open_picture(path):
     """The picture in a file, decoded. Raises DataError, with the path, for a damaged file."""
     try:
-        Image.open(path).verify()  # compares checksums. After that it can't be decoded, so again:
+        Image.open(path).verify()  # the checksums of a PNG. After that it must be opened again.
         picture = Image.open(path)
         picture.load()  # decodes it, and closes the file
         return picture
@@ -83,29 +83,27 @@ def open_picture(path):
 def read_picture(path):
     """An RGB picture. Raises DataError for damaged files and for pixels of more than 8 bits."""
     picture = open_picture(path)
-    if picture.mode.startswith(("I", "F", "LAB")):  # Pillow's names of other kinds of pixels
+    if picture.mode.startswith(("I", "F", "LAB")):  # 16 or 32 bits, or another color space
         raise DataError(f"{path} has mode {picture.mode}: store it as RGB, 8 bits a channel")
-    # A camera that was turned says so in the file (EXIF): turn the picture upright. If what it says
-    # is broken, the picture stays as it is.
-    with suppress(Exception):
-        ImageOps.exif_transpose(picture, in_place=True)
     return picture.convert("RGB")
 
 
 def read_label(path):
-    """A file of label ids, 0 to 33 -> a label: their train ids. Raises DataError for others."""
+    """A file of label ids, 0 to 33 -> a label, of train ids. Raises DataError for other files."""
     picture = open_picture(path)
-    if picture.mode != "L":  # L: one number per pixel. (In P it is a place in a palette.)
-        raise DataError(f"{path} is no map of label ids: its mode is {picture.mode}, not L")
-    ids = [value for value, count in enumerate(picture.histogram()) if count > 0]
-    if not {*range(34), *TRAIN_IDS}.issuperset(ids):  # the ids of Cityscapes, and those of CLASSES
-        raise DataError(f"{path} is no map of label ids: not all of its values are ids, {ids}")
-    # A table of 256 entries says which train id takes the place of each value.
-    return picture.point([TRAIN_IDS.get(label_id, VOID) for label_id in range(256)])
+    if picture.mode != "L":  # mode L: one number per pixel
+        raise DataError(f"{path} is not a map of label ids: its mode is {picture.mode}, not L")
+    values = {value for count, value in picture.getcolors()}
+    known = set(range(34)) | set(TRAIN_IDS)  # the ids of Cityscapes, and those of CLASSES
+    if not values <= known:
+        raise DataError(f"{path} is not a map of label ids: it has {sorted(values - known)}")
+    # Pillow takes a table of 256 entries: which train id takes the place of each value.
+    return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 
 
 def paths_by_name(folder, ending):
-    """CITY/NAME -> path, of every file folder/CITY/NAME + ending. Hidden files are left out."""
+    """The files of a split lie at CITY/NAME_ending in a folder. Returns a dictionary of their paths
+    by CITY/NAME. Hidden files are left out."""
     paths = {}
     for file in glob.glob(f"*/*{ending}", root_dir=folder):
         paths[Path(file).as_posix().removesuffix(ending)] = Path(folder, file)
@@ -115,7 +113,7 @@ def paths_by_name(folder, ending):
 class Cityscapes(Dataset):
     """A split of Cityscapes: "train" (2975 photographs), "val" (500), "test" (1525, whose labels
     are withheld: here all pixels are void), or "train_extra" (19998, coarse labels). In the folder
-    `root` the official archives were unpacked. dataset[i] -> (picture, label), both Pillow's: RGB,
+    `root` the official archives were unpacked. dataset[i] -> (picture, label), both Pillow's, RGB
     and train ids. Raises DataError for what is wrong with the files."""
 
     classes = CLASSES
@@ -130,7 +128,7 @@ class Cityscapes(Dataset):
                             "in which the official archives were unpacked")
         kind = "gtCoarse" if split == "train_extra" else "gtFine"
         self.label_paths = paths_by_name(Path(root, kind, split), f"_{kind}_labelIds.png")
-        unpaired = set(self.names) ^ set(self.label_paths)  # the names that are in one of them only
+        unpaired = set(self.names) ^ set(self.label_paths)  # names that only one of them has
         if unpaired and split != "test":
             raise DataError(f"{len(unpaired)} names of {split} have an image without a label, or a "
                             f"label (*_{kind}_labelIds.png) without an image: {min(unpaired)}, ...")
@@ -146,30 +144,27 @@ class Cityscapes(Dataset):
         picture = read_picture(self.picture_paths[name])
         if self.split == "test":
             return picture, Image.new("L", picture.size, VOID)
-        label = read_label(self.label_paths[name])
-        if label.size != picture.size:
-            raise DataError(f"{self.label_paths[name]} and its image have different sizes: "
-                            f"{label.size} and {picture.size}")
-        return picture, label
+        return picture, read_label(self.label_paths[name])
 
 
 def read_pair(dataset, i):
-    """dataset[i], of any data set, also one of your own. Raises DataError unless it is a picture in
-    RGB and a label of the same size, with no other values than train ids and VOID."""
+    """dataset[i] of any data set, Cityscapes or your own, once it is checked: a picture in RGB, and
+    a label of the same size, whose values are train ids and VOID. Raises DataError for all else,
+    and IndexError where i is beyond the end."""
     try:
         picture, label = dataset[i]
-        picture.load()  # decodes what a data set of your own has only opened
+        picture.load()  # decodes it, if the data set has only opened it
         label.load()
-        found = f"{picture.mode} {picture.size} and {label.mode} {label.size}"
-        counts = label.histogram()  # the number of pixels of each value, 0 to 255
-    except IndexError:
-        raise  # i is beyond the end of the data set. A loop over it ends by this.
+    except (IndexError, DataError):
+        raise
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
-        raise DataError(f"number {i} of the data set is no pair of pictures: {text}") from error
+        raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
+    # A label of your own may have mode P, whose values are places in a palette of colors.
     if picture.mode != "RGB" or label.mode not in ("L", "P") or picture.size != label.size:
         raise DataError(f"number {i} of the data set must be of modes RGB and L (or P), and of one "
-                        f"size: it is {found}")
+                        f"size: it is {picture.mode} {picture.size}, {label.mode} {label.size}")
+    counts = label.histogram()  # the number of pixels that have the value 0, 1, ... 255
     if any(counts[len(dataset.classes):VOID]):
         raise DataError(f"number {i} of the data set: its label has values that are neither one of "
                         f"{len(dataset.classes)} classes, from 0 on, nor {VOID}, void")
@@ -177,13 +172,13 @@ def read_pair(dataset, i):
 
 
 def to_tensors(picture, label):
-    """Pictures of Pillow -> uint8 tensors: image (3, H, W), RGB, and label (H, W)."""
-    image, label = torch.from_numpy(np.array(picture)), torch.from_numpy(np.array(label))
-    return image.permute(2, 0, 1), label
+    """Pillow's pictures -> uint8 tensors: image (3, H, W), RGB, and label (H, W)."""
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # from (H, W, 3)
+    return image, torch.from_numpy(np.array(label))
 
 
 class TensorPairs(Dataset):
-    """What a data set holds as tensors, for a DataLoader: [i] -> image, label (see to_tensors)."""
+    """The pairs of a data set as tensors, for a DataLoader: [i] -> image, label (to_tensors)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -199,25 +194,28 @@ class TensorPairs(Dataset):
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
 
 
-def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
-    """A photometric distortion as one 3x4 matrix M: new RGB = M[:, :3] @ old RGB + M[:, 3], which
-    Pillow rounds and clips to 0..255.
+def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
+    """A change of colors as a matrix (3, 4): new RGB = matrix[:, :3] @ old RGB + matrix[:, 3].
+    (Pillow rounds the result, and clips it to 0..255.) It makes these changes, in this order:
 
-    First `brightness` (grey levels) is added to R, G and B. Then the color is changed in YIQ, the
-    color space of analog television: Y is how light a pixel is, I and Q are a point in a plane of
-    tints, with grey at 0, 0. `saturation` multiplies I and Q, `hue` (degrees) turns the plane. At
-    last `contrast` multiplies all. (mmsegmentation changes saturation and hue in HSV.)"""
+    - `brightness`, in grey levels, is added to R, G and B;
+    - the color is brought to YIQ, the color space of analog television. Y is how light a pixel is.
+      I and Q are a point in a plane of tints, in which grey is at 0, 0. `saturation` multiplies I
+      and Q, and `hue`, in degrees, turns the plane. Then the color is brought back to RGB.
+      (mmsegmentation does this in HSV.)
+    - `contrast` multiplies R, G and B."""
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos, sin = math.cos(math.radians(hue)), math.sin(math.radians(hue))
-    change = np.array([[1, 0, 0], [0, saturation * cos, -saturation * sin],
-                       [0, saturation * sin, saturation * cos]])
-    matrix = contrast * np.linalg.inv(to_yiq) @ change @ to_yiq
-    return np.column_stack([matrix, matrix @ np.full(3, brightness)])
+    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    stretch = np.diag([1, saturation, saturation])
+    matrix = contrast * np.linalg.inv(to_yiq) @ turn @ stretch @ to_yiq
+    offset = matrix @ np.full(3, brightness)  # as matrix @ (x + b) = matrix @ x + matrix @ b
+    return np.column_stack([matrix, offset])
 
 
 def cut(picture, box, size, resampling, fill):
-    """The box (left, top, right, bottom: pixels, with fractions) of a picture, resized to `size`
-    (height, width). What lies beyond the picture is filled with the color `fill`."""
+    """A box of a picture, (left, top, right, bottom) in pixels with fractions, resized to `size`,
+    (height, width). Where the box reaches beyond the picture, the result has the color `fill`."""
     height, width = size
     return picture.transform((width, height), Image.Transform.EXTENT, box, resampling,
                              fillcolor=fill)
@@ -231,11 +229,11 @@ class TrainingStream(Dataset):
     workers or processes, and after a restart. DataLoader(stream, sampler=range(k, end)) reads the
     samples k to end - 1.
 
-    Samples 0 to N - 1 show the N photographs in a random order, N to 2 N - 1 in another. Each is a
-    random crop of a photograph that was resized by a random factor; then its colors change, and
-    perhaps left and right. This augmentation follows mmsegmentation 1.2.2. A crop that reaches
-    beyond the photograph is filled up with PADDING and VOID. (With Cityscapes and the default crop
-    none does.) Raises DataError, as read_pair."""
+    Samples 0 to N - 1 show the N photographs in a random order, N to 2 N - 1 in another. Each
+    sample is a random crop of a photograph that is resized by a random factor. Its colors are
+    changed, and half of the samples are mirrored. This augmentation follows mmsegmentation 1.2.2. A
+    crop that reaches beyond the photograph is filled up with PADDING and VOID. (With Cityscapes and
+    the default crop none does.) Raises DataError, as read_pair."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
@@ -243,7 +241,7 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # 0 here and 1 in __getitem__ make two independent streams of random numbers.
+        # A generator may be seeded with a list. The 0 here and the 1 below make them differ.
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -251,47 +249,50 @@ class TrainingStream(Dataset):
         picture, label = read_pair(self.dataset, self.index(k))
         rng = np.random.default_rng([self.seed, 1, k])
 
-        box, new_label = self.choose_box(label, rng)
-        new_picture = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
-        new_picture = new_picture.convert("RGB", self.choose_colors(rng))  # applies the matrix
+        box, cropped_label = self.choose_box(label, rng)
+        crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
+        crop = crop.convert("RGB", self.choose_colors(rng))  # Pillow applies a color_matrix so
 
-        # Where the box reaches beyond the photograph, the colors of PADDING have changed, too.
-        # Paint it again there.
+        # That has changed PADDING as well. Where the box reaches beyond the photograph, paint it
+        # again. The mask is cut in the same way: it is 0 in the photograph, and 255 beyond.
         left, top, right, bottom = box
         if right > picture.width or bottom > picture.height:
-            inside = Image.new("L", picture.size, 0)
-            mask = cut(inside, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
-            new_picture.paste(PADDING, mask=mask)  # where the mask is 255
+            photograph = Image.new("L", picture.size, 0)
+            mask = cut(photograph, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
+            crop.paste(PADDING, mask=mask)  # where it is 255
 
         if rng.random() < 0.5:
-            new_picture, new_label = ImageOps.mirror(new_picture), ImageOps.mirror(new_label)
-        return to_tensors(new_picture, new_label)
+            crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
+        return to_tensors(crop, cropped_label)
 
     def choose_box(self, label, rng):
-        """A random crop of the photograph, resized by a random factor of 0.5 to 2. It is the same
-        to cut out a box of the photograph as it is, and to resize that to the size of the crop: at
-        factor 2 a crop of 512x1024 pixels shows a box of 256x512. Returns the box (left, top,
-        right, bottom) and what the label shows there, already of the size of the crop."""
+        """What to cut from a photograph. Returns a box for `cut`, and the label that was cut with
+        it, because the choice needs that.
+
+        The recipe says: resize the photograph by a random factor of 0.5 to 2, then cut out a crop.
+        Instead we cut out a box of the photograph as it is, and resize the box to the size of the
+        crop. That shows the same, for less work. At factor 2 a crop of 512x1024 shows a box of
+        256x512 pixels."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
         box_height, box_width = crop_height / scale, crop_width / scale
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
-        # labelled pixels, take another box. The eleventh is taken as it is. (mmsegmentation's
-        # cat_max_ratio)
+        # labelled pixels, take another box. The eleventh is taken as it is. (In mmsegmentation this
+        # is cat_max_ratio.)
         for _ in range(11):
             # A photograph that is smaller than the box lies in its upper left corner.
             left = rng.uniform(0, max(0, label.width - box_width))
             top = rng.uniform(0, max(0, label.height - box_height))
             box = left, top, left + box_width, top + box_height
-            new_label = cut(label, box, self.crop_size, Image.Resampling.NEAREST, VOID)
-            labelled = new_label.histogram()[:VOID]  # the number of pixels of each train id
+            cropped_label = cut(label, box, self.crop_size, Image.Resampling.NEAREST, VOID)
+            labelled = cropped_label.histogram()[:VOID]  # the number of pixels of each train id
             if max(labelled) < 0.75 * sum(labelled):
                 break
-        return box, new_label
+        return box, cropped_label
 
     def choose_colors(self, rng):
-        """A random photometric distortion, in mmsegmentation's ranges, as the twelve numbers of its
-        color_matrix. Each of four changes is made with probability 0.5."""
+        """The twelve numbers of a color_matrix. Each of its four changes is made with probability
+        0.5, in the ranges of mmsegmentation."""
         def sometimes(low, high, neutral):
             return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 
@@ -350,8 +351,9 @@ def check_classes(classes):
         return (isinstance(entry, SceneClass) and np.shape(entry.color) == (3,)
                 and all(number in range(256) for number in (entry.id, *entry.color)))
 
-    if not (isinstance(classes, (list, tuple)) and all(fits(entry) for entry in classes)
-            and 2 <= len({entry.id for entry in classes}) == len(classes) < VOID):
+    fine = isinstance(classes, (list, tuple)) and all(fits(entry) for entry in classes)
+    ids = {entry.id for entry in classes} if fine else set()
+    if not 2 <= len(ids) < VOID or len(ids) < len(classes):
         raise DataError(f"`classes` must be a list of 2 to {VOID - 1} SceneClass, each with another"
                         f" id, ids and colors from 0 to 255, but it is {classes!r:.300}")
     return [str(entry.name) for entry in classes]
@@ -373,8 +375,7 @@ def main():
     add = parser.add_argument
     add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
     add("--check", action="store_true", help="decode all files first")
-    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
-        help="size of the training samples in pixels (512 1024)")
+    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
     add("--sheet", default="samples.png", help="a PNG of training samples (%(default)s)")
     args = parser.parse_args()
 
@@ -389,11 +390,12 @@ def main():
             problems.append(str(error))
             continue
         print(f"{split}: {len(dataset)} images")
-        for i in tqdm(range(len(dataset) if args.check else 0), split, leave=False):
+        numbers = range(len(dataset)) if args.check else []
+        for i in tqdm(numbers, split, leave=False):
             try:
-                dataset[i]
+                read_pair(dataset, i)
             except DataError as error:
-                problems.append(str(error))
+                problems.append(f"{split}/{dataset.name(i)}: {error}")
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         raise DataError(f"the {len(problems)} problems above must be mended")

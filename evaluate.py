@@ -9,7 +9,7 @@
 The checkpoint is one of train.py's or one that mmsegmentation published. All labelled pixels of the
 split, at full resolution, are counted in one confusion matrix, of truth against prediction. From it
 come each class's intersection over union (IoU) and their mean (mIoU). The options --precision,
---scales, --flip and --tile are the protocol: how an image is predicted.
+--scales, --flip and --tile say how an image is predicted: they are the protocol of an evaluation.
 """
 import os
 
@@ -32,7 +32,8 @@ def predict(net, image, precision="fp32"):
 
 def argmax_class(scores):
     """Logits or probabilities (C, H, W) -> the index of the largest of the C, (H, W), uint8. Raises
-    FloatingPointError where the largest is not finite: argmax would call NaN class 0."""
+    FloatingPointError where the largest is not finite. (A damaged network computes NaN everywhere.
+    Its argmax is 0, a class.)"""
     largest, index = scores.max(dim=0)
     if not largest.isfinite().all():
         raise FloatingPointError("the network computes values that are not finite: its weights are "
@@ -41,19 +42,19 @@ def argmax_class(scores):
 
 
 def autocast(device, precision):
-    """A context in which the large operations of a network compute in `precision`: "fp32", "bf16"
-    or "fp16"."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16  # not used for "fp32"
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    """A context in which the large operations of a network compute in `precision`: "bf16", "fp16",
+    or "fp32", which is without autocast. (There PyTorch's convolutions use TF32 on recent GPUs.)"""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes.get(precision), enabled=precision in dtypes)
 
 
 def confusion_matrix(label, prediction, num_classes):
-    """How often a pixel that is labelled `row` was predicted as `column`: train ids, uint8, both of
-    the same shape -> (num_classes, num_classes), int64. A label 3 predicted as 5 counts at [3, 5].
-    Void pixels are not counted, whatever was predicted there."""
+    """Label and prediction, train ids, uint8, both of the same shape -> (num_classes, num_classes),
+    int64: at [t, p] the number of pixels of class t that were predicted as p. A label 3 predicted
+    as 5 counts at [3, 5]. Void pixels are not counted, whatever was predicted there."""
     scored = label != VOID
     # A 3 that was predicted as 5 becomes 3 * 19 + 5 = 62. bincount counts each of these numbers.
-    # (int, because uint8 would overflow)
+    # (As int, because 62 is small, but others are too large for uint8.)
     pairs = label[scored].int() * num_classes + prediction[scored]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -73,13 +74,14 @@ def mean_iou(matrix):
 
 
 def rank_and_world():
-    """torchrun starts several copies of a program, a process for each GPU, and tells each in its
-    environment which it is. Returns the number of this process, `rank`, and how many there are,
-    `world`. Without torchrun, or with one process, they are 0 and 1."""
-    names = ("MASTER_ADDR", "RANK", "WORLD_SIZE")  # one alone is left from something else
-    if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
+    """With several GPUs the command torchrun starts this program once for each. Such a process
+    finds in its environment its number, `rank`, and how many there are, `world`. Without torchrun,
+    or with one process, they are 0 and 1."""
+    # Only if all three are there. One alone is left over from another program.
+    if not all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE")):
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = int(os.environ["WORLD_SIZE"])
+    return (int(os.environ["RANK"]) if world > 1 else 0), world
 
 
 def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
@@ -88,23 +90,21 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is the plain network, and is left in eval mode. (DistributedDataParallel, in which
-    train.py wraps it, would wait in each forward for all processes, and one may have no image
-    left.) predict_image(net, image) -> train ids (H, W), as `predict`. save(i, image, prediction),
-    if it is given, is called for each image i. Raises DataError, as read_pair.
-
-    With one process `share` is all images. Of two processes, the first has images 0, 2, 4, ..., the
-    second 1, 3, 5, ...: every image is counted exactly once. At the end the matrices of all
-    processes are added, and each process gets the sum. So every process must call this function."""
+    `net` is left in eval mode. A function predict_image(net, image) -> train ids (H, W) may take
+    the place of `predict`. A function save(i, image, prediction) is called for each image i, if it
+    is given. If there are several processes, each must call `evaluate`, and each gets the whole
+    matrix. Raises DataError, as read_pair."""
+    # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
+    # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
     loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
-                        batch_size=None)  # no batches: photographs may differ in size
-    bar = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
+                        batch_size=None)  # one by one, as photographs may differ in size
+    pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for i, (image, label) in zip(share, bar, strict=True):
+    for i, (image, label) in zip(share, pairs, strict=True):
         prediction = predict_image(net, image.to(device))
         matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:
@@ -120,13 +120,14 @@ import hashlib
 import json
 import math
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cityscapes import Cityscapes  # the data set: for one of your own change this line
 from cityscapes import DataError, at_least, check_classes, colored, read_picture, to_picture
@@ -139,7 +140,7 @@ def scores_of(matrix, classes):
     pixels are void. Source: cityscapesScripts 2.3.0, evaluation/evalPixelLevelSemanticLabeling.py;
     mmsegmentation 1.2.2, IoUMetric."""
     if not matrix.any():
-        raise DataError("there is nothing to score: every pixel of the labels is void")
+        raise DataError("there is nothing to score: no images, or their labels are all void")
     matrix = matrix.double()
     iou = intersection_over_union(matrix)
     accuracy = matrix.diag() / matrix.sum(dim=1)
@@ -156,12 +157,13 @@ def scores_of(matrix, classes):
         return [None if math.isnan(value) else value for value in values.tolist()]
 
     rows = zip(classes, or_none(iou), or_none(accuracy))
-    category_rows = zip(categories, or_none(category_iou))
+    groups = zip(categories, or_none(category_iou))
     return {"miou": mean_iou(matrix).item(), "mean_accuracy": accuracy.nanmean().item(),
             "category_miou": category_iou.nanmean().item(),
             "pixel_accuracy": (matrix.diag().sum() / matrix.sum()).item(),
-            "classes": [{"name": str(c.name), "iou": i, "accuracy": a} for c, i, a in rows],
-            "categories": [{"name": str(c), "iou": i} for c, i in category_rows]}
+            "classes": [{"name": str(entry.name), "iou": class_iou, "accuracy": class_accuracy}
+                        for entry, class_iou, class_accuracy in rows],
+            "categories": [{"name": str(name), "iou": group_iou} for name, group_iou in groups]}
 
 
 def format_scores(scores):
@@ -206,9 +208,11 @@ def tiled_probabilities(net, images, tile):
 def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, tile=None):
     """As `predict`, but from class probabilities that are averaged over views of the image: at
     these scales, and with flip each mirrored too. With tile = (height, width) the network sees
-    tiles of each view. Each way follows its source: whole views mmsegmentation's test-time
-    augmentation, which resizes logits; tiles the authors' hszhao/semseg, tool/test.py, which
-    resizes probabilities (and pads smaller images)."""
+    tiles of each view.
+
+    Without tiles this follows mmsegmentation's test-time augmentation: it resizes logits, and then
+    takes the softmax. With tiles it follows the authors' hszhao/semseg, tool/test.py: that takes
+    the softmax, and then resizes. (It also pads images that are smaller than a tile. We do not.)"""
     size = image.shape[1:]
     total = 0  # of the probabilities of all views, (1, C, H, W)
     for scale in scales:
@@ -228,24 +232,30 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
 
 
 def start_process():
-    """(device, rank, world): the GPU of this process, or the CPU; its number; how many processes
-    there are. Raises DataError where there are fewer GPUs than processes."""
+    """Give this process its GPU, and connect it with the others, if there are any. Returns (device,
+    rank, world): the GPU, or the CPU; its number; how many processes there are. Raises DataError
+    where there are fewer GPUs than processes."""
     rank, world = rank_and_world()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        # A machine may have some of the processes only. LOCAL_RANK counts those.
+        local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise DataError(f"there are more processes than GPUs: type --nproc_per_node={gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if world > 1:  # Without device_id NCCL, which connects GPUs, would guess one.
+    if world > 1:
+        # NCCL, which connects GPUs, would guess the device if it were not told. The others wait
+        # half an hour at most, for example while process 0 downloads weights.
         dist.init_process_group(device_id=device if device.type == "cuda" else None,
-                                timeout=timedelta(minutes=30))  # in train.py 0 may download weights
+                                timeout=timedelta(minutes=30))
     return device, rank, world
 
 
 def end_process():
-    """Every process calls this at the end of its work, as NCCL, which connects GPUs, asks for."""
+    """Every process calls this at the end of good work. NCCL asks for it, which connects GPUs. (On
+    CPUs nothing asks, and it could wait for a process that has gone.)"""
     if dist.is_initialized() and torch.cuda.is_available():
         dist.destroy_process_group()
 
@@ -265,7 +275,7 @@ def compare_processes(**settings):
 
 def share_of_cores(most):
     """How many workers each process of this machine starts: its share of the cores, 1 to `most`."""
-    return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(most, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def parse_args(argv):
@@ -287,8 +297,8 @@ def parse_args(argv):
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of autocast (fp32)")
     add("--workers", type=at_least(0), default=share_of_cores(4), help="loaders (%(default)s)")
     args = parser.parse_args(argv)
-    saving = args.save_ids or args.save_color
-    if (args.images or args.split == "test") and (args.json or not saving):
+    unlabelled, saving = args.images or args.split == "test", args.save_ids or args.save_color
+    if unlabelled and (args.json or not saving):
         parser.error("photographs and the test split have no labels to score with: leave out "
                      "--json, and add --save-color DIR, or --save-ids DIR for the test server")
     if args.images and rank_and_world()[1] > 1:
@@ -296,36 +306,33 @@ def parse_args(argv):
     return args
 
 
-def show_two_classes(counts, where):
-    """Whether labels show at least two classes. counts[c] is their number of pixels of class c. If
-    not, says so: the commonest mistake with data of one's own is a mask of 0 and 255."""
+def warn_of_one_class(counts, where):
+    """Say so where labels show fewer than two classes. counts[c] is their number of pixels of class
+    c. With data of one's own the commonest mistake is a mask of 0 and 255."""
     train_ids = [c for c, count in enumerate(counts) if count > 0]
     if len(train_ids) < 2:
         print(f"the labels of {where} show no other class than {train_ids}, and {VOID} is void: a "
               f"mask of 0 and {VOID} must become one of 0 and 1", file=sys.stderr)
-    return len(train_ids) >= 2
 
 
 def names_of(dataset):
     """The paths, without an ending, under which predictions are saved. Raises DataError where one
     would be outside of the folder, and where one would replace another."""
     names = [Path(str(dataset.name(i))) for i in range(len(dataset))]
-    for name in names:
-        if name.is_absolute() or ".." in name.parts or not name.parts:
-            raise DataError(f"names of images must be relative paths without .., not '{name}'")
-    if len(set(names)) < len(names):
-        raise DataError("two images of the data set have the same name")
+    wrong = [name for name in names if name.is_absolute() or ".." in name.parts or not name.parts]
+    if wrong or len(set(names)) < len(names):
+        raise DataError("the names of images must be relative paths without .., and no two the "
+                        f"same: {', '.join(map(str, wrong or names)):.300}")
     return names
 
 
 ENDINGS = ("_ids.png", "_color.png", "_overlay.png")  # of what save_prediction writes
 
 
-def save_prediction(args, names, i, image, prediction):
-    """Write the prediction for image i, train ids (H, W): to --save-ids as NAME_ids.png, label ids
-    for the test server; to --save-color as NAME_color.png and, over the image, NAME_overlay.png.
-    NAME is names[i]."""
-    prediction, name, classes = prediction.cpu().numpy(), names[i], Cityscapes.classes
+def save_prediction(args, name, image, prediction):
+    """Write a prediction, train ids (H, W), for an image: to --save-ids as NAME_ids.png, label ids
+    for the test server; to --save-color as NAME_color.png and, over the image, NAME_overlay.png."""
+    prediction, classes = prediction.cpu().numpy(), Cityscapes.classes
     for folder in filter(None, (args.save_ids, args.save_color)):
         Path(folder, name).parent.mkdir(parents=True, exist_ok=True)  # a name may be CITY/NAME
     if args.save_ids:
@@ -338,27 +345,24 @@ def save_prediction(args, names, i, image, prediction):
         overlay.save(Path(args.save_color, f"{name}_overlay.png"))
 
 
-def files_in(folder):
-    """The files that are not hidden. What an earlier call has written for one of them is left out:
-    a.jpg_color.png, if a.jpg is there."""
-    files = sorted(file for file in folder.glob("[!.]*") if file.is_file())
-    results = {file.with_name(file.name + ending) for file in files for ending in ENDINGS}
-    return [file for file in files if file not in results]
-
-
 def photographs(paths):
-    """The files among `paths`, and those in the folders among them: a dictionary by name. Raises
-    DataError for two of one name, and where there is none."""
+    """The files among `paths`, and those in the folders among them that are not hidden: a
+    dictionary by name. Predictions that were saved beside them are left out: a.jpg_color.png, if
+    a.jpg is there. Raises DataError for two files of one name, and where there is none."""
     files = {}
     for path in map(Path, paths):
-        for file in files_in(path) if path.is_dir() else [path]:
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.glob("[!.]*") if file.is_file())
+        for file in found:
             if file.name in files:
                 raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}_"
                                 "ids.png: predict them into different folders")
             files[file.name] = file
     if not files:
         raise DataError(f"there are no files in {', '.join(paths)}")
-    return files
+    predictions = {name + ending for name in files for ending in ENDINGS}
+    return {name: file for name, file in files.items() if name not in predictions}
 
 
 def predict_photographs(net, device, predict_image, args):
@@ -366,25 +370,28 @@ def predict_photographs(net, device, predict_image, args):
     files, unreadable = photographs(args.images), 0
     for name, path in tqdm(files.items(), "predicting", unit=" images", leave=False):
         try:
-            image = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
+            picture = read_picture(path)
         except DataError as error:  # The other photographs are predicted all the same.
             tqdm.write(str(error), file=sys.stderr)
             unreadable += 1
             continue
-        save_prediction(args, files, name, image, predict_image(net, image.to(device)))
+        with suppress(Exception):  # Turn it upright, if its EXIF data say how. They may be broken.
+            ImageOps.exif_transpose(picture, in_place=True)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        save_prediction(args, name, image, predict_image(net, image.to(device)))
     if unreadable:
         raise DataError(f"{unreadable} files could not be read")
 
 
 def main(argv=None):
-    device, rank, world = start_process()
     args = parse_args(argv)
+    device, rank, _ = start_process()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
     class_names = check_classes(Cityscapes.classes)
-    num_classes = net.arguments["num_classes"]
-    if num_classes != len(class_names) or net.class_names not in (None, class_names):
-        raise CheckpointError(f"{args.ckpt} was trained for {num_classes} classes, "
-                              f"{net.class_names}, the data set has {class_names}")
+    known = net.class_names or ["?"] * net.arguments["num_classes"]
+    if len(known) != len(class_names) or net.class_names not in (None, class_names):
+        raise CheckpointError(f"{args.ckpt} knows the {len(known)} classes {known}, and the data "
+                              f"set has the {len(class_names)} classes {class_names}")
     protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
     predict_image = partial(predict, precision=args.precision)
     if args.flip or args.tile or args.scales != [1.0]:
@@ -393,16 +400,17 @@ def main(argv=None):
         return predict_photographs(net, device, predict_image, args)
 
     dataset, save = Cityscapes(args.data, args.split), None
-    if len(dataset) == 0:
-        raise DataError(f"the data set has no images in {args.split}")
     ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
     compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
     if args.save_ids or args.save_color:
-        save = partial(save_prediction, args, names_of(dataset))
+        names = names_of(dataset)
+
+        def save(i, image, prediction):
+            save_prediction(args, names[i], image, prediction)
     matrix = evaluate(net, dataset, device, predict_image, args.workers, save)
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix, Cityscapes.classes)
-        show_two_classes(matrix.sum(dim=1), args.split)
+        warn_of_one_class(matrix.sum(dim=1), args.split)
         print(format_scores(scores))
         print(f"{len(dataset)} images of {args.split}, {protocol}")
         if args.json:

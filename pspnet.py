@@ -34,8 +34,8 @@ def shortcut(in_channels, out_channels, stride):
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
-    H/stride, W/stride). Only the first is dilated (why any is: see ResNet), as in
-    mmsegmentation."""
+    H/stride, W/stride). `dilation` is that of the first convolution; the second has none, as in
+    mmsegmentation. What dilation is for, the docstring of ResNet says."""
 
     expansion = 1  # output channels divided by `channels`
 
@@ -91,20 +91,20 @@ def stage(block, in_channels, channels, depth, stride=1, first_dilation=1, dilat
     return nn.Sequential(*blocks)
 
 
-class Backbone(NamedTuple):
-    block: type
+class Variant(NamedTuple):
+    block: type  # BasicBlock or Bottleneck
     depths: tuple  # the number of blocks in each of the four stages
-    deep_stem: bool  # three 3x3 convolutions at the start (called V1c), not one 7x7
-    weights: str  # trained on ImageNet: a file (its address: see load_backbone)
+    deep_stem: bool  # begins with three 3x3 convolutions (such a ResNet is called V1c), not one 7x7
+    weights: str  # the name of a file with weights that were trained on ImageNet
 
 
 BACKBONES = {
-    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2), False, "resnet18-f37072fd.pth"),
-    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3), False, "resnet50-0676ba61.pth"),
-    "resnet101": Backbone(Bottleneck, (3, 4, 23, 3), False, "resnet101-63fe2227.pth"),
-    "resnet18_v1c": Backbone(BasicBlock, (2, 2, 2, 2), True, "resnet18_v1c-b5776b93.pth"),
-    "resnet50_v1c": Backbone(Bottleneck, (3, 4, 6, 3), True, "resnet50_v1c-2cccc1ad.pth"),
-    "resnet101_v1c": Backbone(Bottleneck, (3, 4, 23, 3), True, "resnet101_v1c-e67eebb6.pth"),
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2), False, "resnet18-f37072fd.pth"),
+    "resnet50": Variant(Bottleneck, (3, 4, 6, 3), False, "resnet50-0676ba61.pth"),
+    "resnet101": Variant(Bottleneck, (3, 4, 23, 3), False, "resnet101-63fe2227.pth"),
+    "resnet18_v1c": Variant(BasicBlock, (2, 2, 2, 2), True, "resnet18_v1c-b5776b93.pth"),
+    "resnet50_v1c": Variant(Bottleneck, (3, 4, 6, 3), True, "resnet50_v1c-2cccc1ad.pth"),
+    "resnet101_v1c": Variant(Bottleneck, (3, 4, 23, 3), True, "resnet101_v1c-e67eebb6.pth"),
 }
 
 
@@ -113,35 +113,41 @@ class ResNet(nn.Module):
     normalised images (B, 3, H, W) -> stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8,
     W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
-    In the original ResNet stages 2, 3 and 4 (`layer2` to `layer4`) halve the resolution. Here
-    stages 3 and 4 keep it, because a map of classes needs it. But the weights come from an original
-    ResNet, whose 3x3 convolutions read positions that are further apart. Dilation restores these
-    distances: a convolution of dilation d reads every d-th position. (Padding d keeps the size.)
+    In the original ResNet each of the stages 2, 3 and 4 (`layer2` to `layer4`) halves the
+    resolution. Two positions that are neighbors on the map of stage 2 are 8 pixels apart in the
+    image, on that of stage 3 16 pixels, on that of stage 4 32 pixels. Here stages 3 and 4 keep the
+    resolution of stage 2, because a map of classes needs it: neighbors stay 8 pixels apart.
 
-                                in the original, it reads   positions here    dilation
-                                every so many pixels        are so far apart
-        stage 3, first block    8                           8                 1
-        stage 3, other blocks   16                          8                 2
-        stage 4, first block    16                          8                 2
-        stage 4, other blocks   32                          8                 4
+    But the weights come from an original ResNet. Its 3x3 convolutions learned to read neighbors
+    that are 16 or 32 pixels apart. Dilation restores this distance: a 3x3 convolution of dilation d
+    reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the map.)
 
-    (In the original, the first block of a stage still reads the finer map of the stage before.)"""
+                                its 3x3 convolution reads positions that are
+                                in the original    here without dilation    so it gets
+        stage 3, first block    8 pixels apart     8 pixels apart           dilation 1
+        stage 3, other blocks   16                 8                        dilation 2
+        stage 4, first block    16                 8                        dilation 2
+        stage 4, other blocks   32                 8                        dilation 4
+
+    The first block of a stage is special, because in the original it reads the map of the stage
+    before, and it is this block that makes the map smaller."""
 
     def __init__(self, name):
         super().__init__()
-        block, depths, self.deep_stem, _ = BACKBONES[name]
+        variant = BACKBONES[name]
+        self.deep_stem = variant.deep_stem
         if self.deep_stem:
             layers = []
-            for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
-                layers.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False))
-                layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+            for in_channels, channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+                layers.append(nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False))
+                layers += [nn.BatchNorm2d(channels), nn.ReLU()]
             self.stem = nn.Sequential(*layers)
         else:
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
             self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        e = block.expansion
+        block, depths, e = variant.block, variant.depths, variant.block.expansion
         self.layer1 = stage(block, 64, 64, depths[0])
         self.layer2 = stage(block, 64 * e, 128, depths[1], stride=2)
         self.layer3 = stage(block, 128 * e, 256, depths[2], first_dilation=1, dilation=2)
@@ -161,8 +167,8 @@ class ResNet(nn.Module):
 
 
 class ConvBNReLU(nn.Sequential):
-    """A convolution that keeps the size, then batch norm, then ReLU. There is no forward here,
-    because nn.Sequential has one: it runs the three modules below, in this order."""
+    """A convolution that keeps the size, then batch norm, then ReLU. There is no forward here. That
+    of nn.Sequential runs the three modules below, in the order in which they are assigned."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -174,18 +180,19 @@ class ConvBNReLU(nn.Sequential):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
-    num_classes, h, w). Each number k in `bins` is a level of the pyramid: it averages x over k x k
-    regions, so k = 1 is the average of the whole map. With bins=() there is no pyramid."""
+    num_classes, h, w). Each number k in `bins` is a level of the pyramid: it divides the map x into
+    a grid of k by k regions, and averages the features of each region. So k = 1 averages the whole
+    map. With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # of each level (four have as many as x), and of y below
+        channels = in_channels // 4  # in each level. So four levels together have as many as x.
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList()
         for k in self.bins:
             average = nn.AdaptiveAvgPool2d(k)  # k is the size of the output: (B, C, k, k)
             self.psp_modules.append(nn.Sequential(average, ConvBNReLU(in_channels, channels, 1)))
-        # The name is mmsegmentation's. It has nothing to do with the block Bottleneck.
+        # The name is mmsegmentation's. It has nothing to do with the class Bottleneck.
         self.bottleneck = ConvBNReLU(in_channels + len(self.bins) * channels, channels, 3)
         self.dropout = nn.Dropout2d(0.1)  # drops whole channels
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
@@ -194,10 +201,11 @@ class PyramidHead(nn.Module):
         parts = [x]  # in ResNet-50 (B, 2048, h, w)
         for average_and_conv in self.psp_modules:
             p = average_and_conv(x)  # one vector for each region: (B, 512, k, k)
+            # Every position gets the vector of its region, blended with those of the next regions.
             p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
-            parts.append(p)  # at each position that of its region, blended: (B, 512, h, w)
-        y = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
-        y = self.bottleneck(y)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
+            parts.append(p)  # (B, 512, h, w)
+        stack = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
+        y = self.bottleneck(stack)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
         return self.conv_seg(self.dropout(y))
 
 
@@ -220,22 +228,24 @@ class PSPNet(nn.Module):
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
     and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
 
-    In eval mode aux_logits is None. In train mode B must be at least 2, because the level k = 1 has
-    a single value per channel and image, and batch norm can't compute a variance from one value.
-    (Without 1 among the bins B may be 1.) The weights of a new network are random.
-    `load_backbone` brings those of a ResNet that was trained on ImageNet."""
+    In eval mode aux_logits is None. In train mode B must be at least 2. The reason is the level
+    k = 1: in each channel it has a single value per image, and batch norm can't compute a variance
+    from one value. (Without 1 among the bins B may be 1.)
 
-    Head = PyramidHead  # FastPSPNet, below, has another, and another `upsample`
+    The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
+    ResNet that was trained on ImageNet."""
+
+    Head = PyramidHead  # the class of decode_head. FastPSPNet, below the lesson, has a faster one.
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
-        # Checkpoints hold the arguments, so that load_net can build the network again.
+        # Checkpoints hold these arguments, so that the network can be built again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
         channels = 512 * BACKBONES[backbone].block.expansion
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
-        # The initial values are those of mmsegmentation.
+        # The initial values are those of mmsegmentation. (Batch norm keeps what the blocks set.)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -256,8 +266,9 @@ class PSPNet(nn.Module):
         return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
     def normalize(self, images):
-        """Values of 0..255 -> standard deviations from the mean, in the weights' dtype."""
+        """Values of 0..255 -> mean about 0, standard deviation about 1, in the weights' dtype."""
         images = images.to(self.decode_head.conv_seg.weight.dtype)
+        # Channel by channel, with numbers of Python: a tensor would be copied to the GPU each time.
         red_green_blue = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
         return torch.stack(red_green_blue, dim=1)
 
@@ -268,13 +279,13 @@ from pathlib import Path
 
 
 def matrix_of(function, length, like):
-    """The matrix (outputs, length) of a linear function along an axis, with the dtype and device of
-    `like`. Its column j is what the function makes of the j-th unit vector."""
-    dtype = torch.promote_types(like.dtype, torch.float32)  # computed in float32, or float64
-    unit_vectors = torch.eye(length, dtype=dtype, device=like.device)
-    columns = function(unit_vectors[None])[0]  # all at once, as channels: (length, outputs)
-    # A copy in the usual order in memory, which torch.kron needs
-    return columns.mT.clone(memory_format=torch.contiguous_format).to(like.dtype)
+    """The matrix (outputs, length) of a linear function along an axis, on the device of `like`, in
+    float32 (or float64, if `like` is). Its column j is what the function makes of the j-th unit
+    vector: 0, except for a 1 at place j."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # one in each row
+    rows = function(unit_vectors[None])[0]  # of each row, as if they were channels of an image
+    return rows.mT.clone(memory_format=torch.contiguous_format)  # torch.kron needs this order
 
 
 def averaging_matrix(length, k, like):
@@ -288,73 +299,78 @@ def interpolation_matrix(length, new_length, like):
 
 
 class FastPyramidHead(PyramidHead):
-    """The same function as PyramidHead, for half as many operations. (The network then has a fifth
-    less.)
+    """The same function as PyramidHead, computed in another order, which takes half as many
+    operations.
 
-    A convolution of concatenated channels is the sum of one convolution per part. Take one level:
-    p has k x k cells in each channel i. PyramidHead first stretches p to h x w. Channel i then has
-    at row r and column c the value
+    PyramidHead convolves a stack of x and the levels. That is a sum of convolutions, one of x and
+    one of each level, each with its part of the weights. Take one level. In each channel i it has
+    k x k cells, p[i, m, n]. PyramidHead does two things with them.
 
-        sum over m, n of  R[r, m] S[c, n] p[i, m, n],
+    First it stretches them to h x w. Row r and column c then have, with the interpolation matrices
+    R (h, k) and S (w, k), the value
 
-    with the interpolation matrices R (h, k) and S (w, k). Then it convolves with the weight W: it
-    adds up nine shifts of that, u, v = 0, 1, 2:
+        sum over m, n of  R[r, m] S[c, n] p[i, m, n].
+
+    Then it convolves. The 3x3 weights W[o, i, u, v] of output channel o add up the channels i and
+    the neighbors u, v = 0, 1, 2 in rows r-1, r, r+1 and columns c-1, c, c+1:
 
         y[o, r, c] = sum over i, u, v, m, n of  W[o, i, u, v] R[r+u-1, m] S[c+v-1, n] p[i, m, n].
 
-    That is one sum of products, in any order. PyramidHead multiplies p, R and S first, and then W
-    at all h x w positions, 64 x 128 for a crop of 512x1024. Here W and p come first, on k x k
-    cells, at most 36. Then R stretches the rows, and S the columns."""
+    Such a sum of products may be computed in any order. PyramidHead multiplies p, R and S first,
+    and W last, at all h x w positions (64 x 128 for a crop of 512x1024). Here W and p come first,
+    on k x k cells (at most 36). Then R stretches the rows, and S the columns."""
 
     def forward(self, x):
-        h, w = x.shape[2:]
-        in_channels = x.shape[1]
-        parts = [in_channels] + [in_channels // 4] * len(self.bins)  # channels of x and the levels
-        weight_of_x, *weights = self.bottleneck.conv.weight.split(parts, dim=1)
+        _, in_channels, h, w = x.shape
+        channels = [in_channels] + [in_channels // 4] * len(self.bins)  # of x and of each level
+        weight_of_x, *weights = self.bottleneck.conv.weight.split(channels, dim=1)
         y = F.conv2d(x, weight_of_x, padding=1)
         levels = zip(self.bins, self.averages(x), self.psp_modules, weights, strict=True)
-        for k, means, average_and_conv, W in levels:
-            _, conv_bn_relu = average_and_conv  # The averages are there already.
-            p = conv_bn_relu(means)  # (B, i, k, k)
-            # R[r, u, m] is what is called R[r+u-1, m] above, and S likewise.
-            R = self.shifts(interpolation_matrix(k, h, x))  # (h, 3, k)
-            S = self.shifts(interpolation_matrix(k, w, x))  # (w, 3, k)
+        for k, means, (_, conv_bn_relu), W in levels:  # _: the averaging, which `averages` has done
+            p = conv_bn_relu(means)  # [b, i, m, n], where b is the image of the batch
+            R = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: see shifts
+            S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
             q = torch.einsum("oiuv,bimn->bouvmn", W, p)  # the sum over i
             q = torch.einsum("bouvmn,rum->borvn", q, R)  # the sum over u and m: rows
             y = y + torch.einsum("borvn,cvn->borc", q, S)  # the sum over v and n: columns
         y = F.relu(self.bottleneck.bn(y), inplace=True)
         return self.conv_seg(self.dropout(y))
 
+    def shifts(self, matrix):
+        """The interpolation matrix R (length, k) -> (length, 3, k), in which [r, u] is the row
+        R[r+u-1] of the formula. Beyond the ends it is 0: the convolution pads with zeros."""
+        padded = F.pad(matrix, (0, 0, 1, 1))  # a row of zeros before the first and after the last
+        return torch.stack([padded[:-2], padded[1:-1], padded[2:]], dim=1)
+
     def averages(self, x):
-        """x (B, C, h, w) -> for each level (B, C, k, k), as nn.AdaptiveAvgPool2d, whose gradient on
-        CUDA differs from run to run. One product for all levels, so that x is read once. (In half
+        """x (B, C, h, w) -> for each level its averages (B, C, k, k).
+
+        nn.AdaptiveAvgPool2d computes the same, but its gradient on CUDA differs from run to run.
+        Here one matrix product averages for all levels at once, so that x is read once. (In half
         precision the matrix is rounded, so that a mean may be off by 0.4 %.)"""
         if not self.bins:
             return []
         h, w = x.shape[2:]
-        # Row a * k + b of this product averages over the region in row a and column b of the grid.
+        # The Kronecker product has a row for each region. Row a * k + b averages over that in row a
+        # and column b of the grid: it multiplies the weights of its rows and of its columns.
         matrices = [torch.kron(averaging_matrix(h, k, x), averaging_matrix(w, k, x))
                     for k in self.bins]
-        means = x.flatten(2) @ torch.cat(matrices).mT  # (B, C, h w) @ (h w, 1 + 4 + 9 + 36)
+        matrix = torch.cat(matrices).to(x.dtype)  # (1 + 4 + 9 + 36, h w)
+        means = x.flatten(2) @ matrix.mT  # (B, C, h w) @ (h w, 50) -> (B, C, 50)
         levels = means.split([k * k for k in self.bins], dim=2)
         return [level.unflatten(2, (k, k)) for k, level in zip(self.bins, levels, strict=True)]
 
-    def shifts(self, matrix):
-        """(length, k) -> (length, 3, k): [r, u] is row r + u - 1, or 0 beyond the ends, which is
-        the zero padding of the convolution."""
-        padded = F.pad(matrix, (0, 0, 1, 1))
-        return torch.stack([padded[:-2], padded[1:-1], padded[2:]], dim=1)
-
 
 class FastPSPNet(PSPNet):
-    """The same function as PSPNet, but faster, and without the operations of which PyTorch has no
-    reproducible gradient on CUDA."""
+    """The same function as PSPNet, for four fifths of the operations, and without those of which
+    PyTorch has no reproducible gradient on CUDA."""
 
     Head = FastPyramidHead
 
     def upsample(self, x, size):
-        """Bilinear as well: R stretches the rows, S the columns. In float32 (or float64) also under
-        autocast, for the loss. x (B, C, h, w), size (H, W) -> (B, C, H, W)"""
+        """x (B, C, h, w), size (H, W) -> (B, C, H, W). Bilinear interpolation as two products: R
+        stretches the rows, S the columns. The result is float32 (or float64) under autocast too,
+        because the loss needs that."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             R = interpolation_matrix(x.shape[2], size[0], x)  # (H, h)
@@ -367,15 +383,15 @@ class CheckpointError(Exception):
 
 
 def reason_of(error):
-    """The beginning of an error's text, on one line, without PyTorch's advice to run a file that it
-    refuses to read. (That stands in front of the reason.)"""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    """The beginning of an error's text, on one line. Where torch.load refuses a file, advice stands
+    in front of the reason: to run the code in the file. It is left out."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # the whole text, if it has none
     return " ".join(text.split())[:200] or repr(error)
 
 
 def read_weights(path):
     """Reads what torch.save has written, to the CPU -> (weights, checkpoint), both dictionaries. A
-    checkpoint holds weights in "state_dict"; a file may also hold weights only, then both are the
+    checkpoint holds weights in "state_dict". A file may also hold weights only. Then both are the
     same. Raises OSError, and CheckpointError for other files."""
     with open(path, "rb") as file:
         try:
@@ -383,24 +399,25 @@ def read_weights(path):
         except Exception as error:  # a damaged file makes torch.load raise almost anything
             raise CheckpointError(f"{path} cannot be read as what torch.save writes "
                                   f"({reason_of(error)})") from error
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{path} holds no dictionary of weights")
-    return weights, checkpoint
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict", {}), dict):
+        return checkpoint.get("state_dict", checkpoint), checkpoint
+    raise CheckpointError(f"{path} holds no dictionary of weights")
 
 
 def arguments_of(weights):
     """The arguments of PSPNet for weights of mmsegmentation. How many blocks stage 3 has, and the
-    kind of stem, tell the backbone. Raises KeyError and StopIteration where they don't."""
-    depth = len({name.split(".")[2] for name in weights if name.startswith("backbone.layer3.")})
+    kind of stem, tell the backbone. Raises KeyError where they don't."""
+    num_classes = len(weights["decode_head.conv_seg.bias"])
+    depth = len({key.split(".")[2] for key in weights if key.startswith("backbone.layer3.")})
     deep_stem = "backbone.stem.0.weight" in weights
-    backbone = next(name for name, backbone in BACKBONES.items()
-                    if backbone.depths[2] == depth and backbone.deep_stem == deep_stem)
-    return {"num_classes": len(weights["decode_head.conv_seg.bias"]), "backbone": backbone}
+    for name, variant in BACKBONES.items():
+        if variant.depths[2] == depth and variant.deep_stem == deep_stem:
+            return {"num_classes": num_classes, "backbone": name}
+    raise KeyError(f"no ResNet has {depth} blocks in stage 3")
 
 
-# Settings of mmsegmentation that change what a network computes, but neither the names nor the
-# shapes of its weights. The values are ours, written without spaces, and with ( for [.
+# Some settings of mmsegmentation change what a network computes, but neither the names nor the
+# shapes of its weights. These are the values of this network, without spaces, and with ( for [.
 SETTINGS = {"strides": "(1,2,1,1)", "dilations": "(1,1,2,4)", "contract_dilation": "True",
             "style": "'pytorch'", "pool_scales": "(1,2,3,6)", "align_corners": "False",
             "bgr_to_rgb": "True", "to_rgb": "True", "mean": "(123.675,116.28,103.53)",
@@ -408,9 +425,12 @@ SETTINGS = {"strides": "(1,2,1,1)", "dilations": "(1,1,2,4)", "contract_dilation
 
 
 def check_settings(text):
-    """Raises ValueError if this configuration of mmsegmentation has others than SETTINGS."""
+    """Raises ValueError where a text, a configuration of mmsegmentation, has another value for one
+    of SETTINGS. For example `strides = [1, 2, 2, 1]` is brought to `strides=(1,2,2,1)`, of which
+    the value is (1,2,2,1). That is not (1,2,1,1)."""
     text = "".join(text.split()).replace("[", "(").replace("]", ")").replace(",)", ")")
     for name, value in SETTINGS.items():
+        # A tuple reaches to its bracket, another value to the next comma or bracket.
         pattern = r"\(.*?\)" if value.startswith("(") else r"[^,)]*"
         for other in re.findall(rf"\b{name}=({pattern})", text):
             if other != value:
@@ -426,13 +446,14 @@ def load_net(path):
     try:
         meta = dict(checkpoint.get("meta") or {})  # mmsegmentation's: how the file was made
         check_settings(str(meta.get("cfg", meta.get("config"))))
-        net = FastPSPNet(**(checkpoint.get("model") or arguments_of(weights)))
-        # Files that are older than PyTorch 1.0 lack batch norm's counters. load_state_dict adds
-        # them, if it gets a plain dictionary.
+        arguments = checkpoint.get("model") or arguments_of(weights)
+        net = FastPSPNet(**arguments)
+        # Old files lack batch norm's counters (num_batches_tracked). PyTorch forgives that only if
+        # it does not know the version of the weights, which a plain dictionary does not tell.
         net.load_state_dict(dict(weights))
-        names = meta.get("CLASSES", (meta.get("dataset_meta") or {}).get("classes"))
-        names = checkpoint.get("classes", names)
-        net.class_names = None if names is None else [str(name) for name in names]
+        dataset_meta = meta.get("dataset_meta", {})
+        names = checkpoint.get("classes") or meta.get("CLASSES") or dataset_meta.get("classes")
+        net.class_names = names and [str(name) for name in names]
     except Exception as error:  # the file is one of another program
         raise CheckpointError(f"{path} holds no PSPNet of this program or of mmsegmentation "
                               f"({reason_of(error)})") from error
@@ -443,15 +464,15 @@ def load_backbone(net, source):
     """Put weights of an ImageNet classifier into net.backbone. `source` is a file, or "imagenet":
     the file in BACKBONES, which torch.hub downloads once. Raises OSError, and CheckpointError where
     they can't be had or are another backbone's."""
-    name = net.arguments["backbone"]
+    backbone = net.arguments["backbone"]
     path = source
     if source == "imagenet":
-        file = BACKBONES[name].weights
+        file = BACKBONES[backbone].weights
         folder = "openmmlab.com/pretrain/third_party" if "v1c" in file else "pytorch.org/models"
         url = f"https://download.{folder}/{file}"
         path = Path(torch.hub.get_dir(), "checkpoints", file)
         if not path.exists():
-            try:  # It puts the file there, whole or not at all.
+            try:  # torch.hub puts the file there, whole or not at all.
                 torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
                                                    weights_only=True)
             except Exception as error:  # no network, no space, another hash
@@ -462,12 +483,12 @@ def load_backbone(net, source):
         net.backbone.load_state_dict({name: value for name, value in weights.items()
                                       if not name.startswith("fc.")})
     except Exception as error:
-        raise CheckpointError(f"{path} holds no {name} ({reason_of(error)})") from error
+        raise CheckpointError(f"{path} holds no {backbone} ({reason_of(error)})") from error
 
 
 if __name__ == "__main__":
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode  # on Windows it warns when it is imported
+    from torch._subclasses.fake_tensor import FakeTensorMode  # shapes without values, in no time
+    from torch.utils.flop_counter import FlopCounterMode
 
     net = PSPNet().double().eval()
     fast = FastPSPNet().double().eval()
@@ -475,9 +496,8 @@ if __name__ == "__main__":
     images = torch.randint(256, (1, 3, 128, 256))
     print(f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters")
     for kind in (PSPNet, FastPSPNet):
-        with FakeTensorMode(), FlopCounterMode(display=False) as counter:  # without values
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             kind().eval()(torch.empty(1, 3, 512, 1024))
         print(f"{kind.__name__}: {counter.get_total_flops() / 1e9:.0f} GFLOP for 512x1024 pixels")
-    with torch.inference_mode():
-        difference = (fast(images)[0] - net(images)[0]).abs().max()
+    difference = (fast(images)[0] - net(images)[0]).abs().max().item()
     print(f"largest difference of their logits, of a random image in float64: {difference:.2g}")

@@ -4,19 +4,25 @@
     torchrun --standalone --nproc_per_node=8 train.py --data data/cityscapes  # eight GPUs
     python train.py --data data/cityscapes --resume                           # go on after a stop
 
-All run one recipe: ResNet-50, levels 1, 2, 3 and 6, 40,000 iterations of 8 crops of 512x1024, a
-learning rate from 0.01 to 0.0001, momentum 0.9, weight decay 0.0005. It is that of mmsegmentation
-1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU on val. README.md lists
-what differs from that and from the paper. The folder --out gets
+The recipe is the same with any number of GPUs: ResNet-50, levels 1, 2, 3 and 6, 40,000 iterations
+of 8 crops of 512x1024, a learning rate from 0.01 to 0.0001, momentum 0.9, weight decay 0.0005. It
+is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85
+mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     log.jsonl           a line of JSON every 10 iterations, and per save, start and validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. --resume goes on from last.pt, with the same samples and
-momentum, and with the same dropout if the number of processes is the same. On a CPU the weights at
-the end are then identical to those of a run in one go. (The log has some iterations twice. The
-later line counts.)
+A run may be killed at any moment. --resume goes on from last.pt. Its samples, dropout and weights
+are then those of a run in one go: on a CPU to the last bit. (For dropout the number of processes
+must be the same. The log has the iterations after last.pt twice. Then the later line counts.)
+
+Several machines, each with --data and --out in sight, run the same command on each:
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
+        --rdzv_id=1 train.py
+torchrun can restart a run that fails. It needs another store for each attempt:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
+        --max-restarts=3 train.py --resume
 """
 import torch
 import torch.nn.functional as F
@@ -47,46 +53,50 @@ def segmentation_loss(logits, labels):
 
 def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
     """One step of SGD: images (B, 3, H, W), uint8, and labels (B, H, W), int64 -> the loss, a
-    scalar. `precision`: see autocast. `scaler` works in "fp16" only."""
+    scalar. `precision` is explained at autocast. `scaler` does something in "fp16" only."""
     with autocast(images.device, precision):
         logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels)
         loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # section 3.3
     optimizer.zero_grad()
-    scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would be 0
-    scaler.step(optimizer)  # fp16: divides the gradients again; no step if one is not finite
-    scaler.update()
+    scaler.scale(loss).backward()  # fp16: a multiple of the loss, or small gradients would be 0
+    scaler.step(optimizer)  # fp16: gradients by the same factor smaller; no step if one is infinite
+    scaler.update()  # fp16: another factor, if this one was too large
     return loss.detach()
 
 
 def main(argv=None):
-    # start_process is evaluate.py's. parse_args, data_sets and Run are below, after the lesson.
-    device, rank, world = start_process()  # this process: its GPU or CPU, its number, of how many
+    # evaluate.py has start_process. parse_args, data_sets and Run stand below the lesson.
+    device, rank, world = start_process()  # of this process the GPU or CPU and the number; how many
     args = parse_args(device, world, argv)  # the options: python train.py --help
     train_set, val_set = data_sets(args)
 
     # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
     # network, which is evaluated and saved. `model` is net wrapped for several processes.
-    torch.manual_seed(args.seed % 2**32)
+    torch.manual_seed(args.seed % 2**32)  # PyTorch on a CPU uses 32 bits of a seed
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # The order of the values in memory with which convolutions and their gradients are fast
+    # channels_last: all channels of a position lie side by side in memory. On GPUs convolutions and
+    # their gradients are faster so, on CPUs slower.
     layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
     net.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
-    start = run.begin()  # loads the first weights, or with --resume the latest checkpoint
+    # Load ImageNet's weights into the backbone, or with --resume the latest checkpoint. `start` is
+    # the number of iterations that are finished: 0, or the checkpoint's.
+    start = run.begin()
     model = net
     if world > 1:
-        # All processes begin with the weights of process 0. Backward averages the gradients over
-        # them, so that all take the same step.
+        # All processes begin with the weights of process 0. In each backward the gradients are
+        # averaged over the processes, so that all take the same step.
         model = DistributedDataParallel(net)
 
     # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out to the
-    # processes. With 8 a batch and two processes, process 0 gets 24, 26, 28 and 30 in iteration 3.
+    # processes like cards. With 8 a batch and two processes, process 0 gets the samples 24, 26, 28
+    # and 30 in iteration 3.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -98,9 +108,10 @@ def main(argv=None):
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Only dropout is random here. Its seed depends on iteration and process, so that a resumed
-        # run drops the same.
-        torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**32)
+        # Only dropout is random here. Each iteration and process has a seed of its own, so that a
+        # resumed run drops the same.
+        number = (args.seed * args.iters + iteration) * world + rank
+        torch.manual_seed(number % 2**32)
 
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True).long()  # cross_entropy needs int64
@@ -114,6 +125,7 @@ def main(argv=None):
             run.log_losses(step, lr, bar)  # their mean since the last time
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
+            net.train()  # validate has left it in eval mode
         if saving:
             run.save(step, "last.pt")
 
@@ -121,7 +133,6 @@ def main(argv=None):
 # Here the lesson ends. What follows are the options, the data sets, and what a run writes. --------
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -136,7 +147,7 @@ from cityscapes import Cityscapes  # the data set: for one of your own change th
 from cityscapes import (DataError, TensorPairs, at_least, check_classes, colored, read_pair,
                         save_sheet, to_picture)
 from evaluate import (compare_processes, end_process, evaluate, format_scores, predict,
-                      rank_and_world, scores_of, share_of_cores, show_two_classes, start_process)
+                      rank_and_world, scores_of, share_of_cores, start_process, warn_of_one_class)
 from pspnet import BACKBONES, CheckpointError, load_backbone, load_net, read_weights
 
 
@@ -151,8 +162,7 @@ def parse_args(device, world, argv):
         help="levels of the pyramid; no number: no pyramid (1 2 3 6)")
     add("--weights", default="imagenet", metavar="imagenet|none|FILE", help="of the backbone")
     add("--init", metavar="FILE", help="start from a whole PSPNet, ours or mmsegmentation's")
-    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"),
-        help="size of the training samples in pixels (512 1024)")
+    add("--crop", type=at_least(1), nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
     add("--batch-size", type=at_least(1), default=8, help="images in all processes together (8)")
     add("--iters", type=at_least(1), default=40_000, help="iterations (40000)")
     add("--lr", type=at_least(0, float), default=0.01, help="the first learning rate (0.01)")
@@ -186,14 +196,15 @@ def data_sets(args):
     for split, dataset in (("train", train_set), ("val", val_set)):
         if len(dataset) == 0:
             raise DataError(f"the data set has no images in {split}")
-        counts = sum(torch.tensor(read_pair(dataset, i)[1].histogram()) for i in six_of(dataset))
-        show_two_classes(counts[:VOID], f"six images of {split}")
+        labels = [read_pair(dataset, i)[1] for i in six_of(dataset)]
+        counts = sum(torch.tensor(label.histogram()) for label in labels)
+        warn_of_one_class(counts[:VOID], f"six images of {split}")
     return train_set, val_set
 
 
 def six_of(dataset):
     """The numbers of six images (or of all, if there are fewer) from all over a data set."""
-    return range(0, len(dataset), max(1, len(dataset) // 6))[:6]
+    return sorted({i * len(dataset) // 6 for i in range(6)})
 
 
 def load_first_weights(net, args, class_names):
@@ -203,11 +214,10 @@ def load_first_weights(net, args, class_names):
         other = load_net(args.init)
         if {**other.arguments, "num_classes": len(class_names)} != net.arguments:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
-        weights = other.state_dict()
+        weights, own_weights = other.state_dict(), net.state_dict()
         if other.arguments != net.arguments or other.class_names not in (None, class_names):
             print(f"{args.init} knows other classes: the two classifiers start at random")
-            for name in [name for name in weights if ".conv_seg." in name]:
-                weights[name] = net.state_dict()[name]
+            weights.update({key: own_weights[key] for key in weights if ".conv_seg." in key})
         net.load_state_dict(weights)
     elif args.weights != "none":
         load_backbone(net, args.weights)
@@ -226,7 +236,7 @@ class Run:
         for name in ("data", "out", "workers", "val_every", "save_every", "resume"):
             del self.recipe[name]
         self.best_miou = -1.0
-        self.losses, self.began = [], None  # of the iterations that are not logged yet
+        self.losses = []  # of the iterations that are not logged yet
 
     def begin(self):
         """Load first weights or a checkpoint. Returns how many iterations are finished. Raises
@@ -248,7 +258,7 @@ class Run:
                   f"{self.recipe['images']} images to train on, {len(self.val_set)} to validate, "
                   f"iterations {step} to {self.args.iters}", flush=True)
             self.log("start", step, processes=self.world, device=str(self.device), **self.recipe)
-        self.began = time.perf_counter()
+        self.clock = time.perf_counter()  # when the iterations began that are not logged yet
         return step
 
     def restore(self, path):
@@ -257,7 +267,7 @@ class Run:
         weights, checkpoint = read_weights(path)
         before = checkpoint.get("recipe") or {}
         changed = [f"{name} was {before.get(name)} and is {self.recipe.get(name)}"
-                   for name in {**before, **self.recipe}
+                   for name in sorted({*before, *self.recipe})
                    if before.get(name) != self.recipe.get(name)]
         if changed:
             raise CheckpointError(f"the recipe of {path} was another ({'; '.join(changed)}): "
@@ -275,19 +285,21 @@ class Run:
         if self.world > 1:
             dist.all_reduce(loss)  # the sum over all processes
         mean_loss = loss.item() / self.world  # waits for the GPU
-        if not math.isfinite(mean_loss):
+        if not loss.isfinite():
             raise FloatingPointError(f"the loss is {mean_loss}: start again with a lower --lr")
-        seconds = (time.perf_counter() - self.began) / len(self.losses)
+        seconds = (time.perf_counter() - self.clock) / len(self.losses)  # of an iteration
         bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.2g}", refresh=False)
         self.log("train", step, lr=lr, loss=mean_loss, seconds=round(seconds, 3))
-        self.losses, self.began = [], time.perf_counter()
+        self.losses, self.clock = [], time.perf_counter()
 
     def validate(self, step):
         """Every process must call this. Process 0 prints the table, draws some predictions, and
         saves best.pt."""
-        if self.world > 1:  # Without SyncBatchNorm processes differ in batch norm's statistics.
+        if self.world > 1:
+            # On CPUs, without SyncBatchNorm, each process has other running means and variances.
+            # Those of process 0 are saved, so it hands them on.
             for buffer in self.net.buffers():
-                dist.broadcast(buffer, 0)  # Those of process 0 count.
+                dist.broadcast(buffer, 0)
         predict_image = partial(predict, precision=self.args.precision)
         matrix = evaluate(self.net, self.val_set, self.device, predict_image, self.args.workers)
         scores = scores_of(matrix, self.val_set.classes)
@@ -298,22 +310,22 @@ class Run:
                 prediction = predict_image(self.net, image.to(self.device)).cpu()
                 pictures.append(to_picture(image))
                 pictures += [colored(train_ids, classes) for train_ids in (label, prediction)]
-            path = self.out / f"val_{step:06}.png"
-            save_sheet(path, pictures, 3, classes)
-            print(f"\n{format_scores(scores)}\nPredictions, in {self.args.precision}: {path}")
+            save_sheet(self.out / f"val_{step:06}.png", pictures, 3, classes)
+            print(f"\n{format_scores(scores)}\nSix images, predicted in {self.args.precision}: "
+                  f"{self.out}/val_{step:06}.png", flush=True)
             gib = torch.cuda.max_memory_allocated() / 2**30  # the most so far; 0 on a CPU
             self.log("validation", step, gib=round(gib, 2), **scores)
-            if show_two_classes(matrix.sum(dim=1), "val") and scores["miou"] > self.best_miou:
+            labelled = matrix.sum(dim=1)  # the number of pixels of each class
+            warn_of_one_class(labelled, "val")
+            if (labelled > 0).sum() > 1 and scores["miou"] > self.best_miou:
                 self.best_miou = scores["miou"]
-                # Before last.pt: a run that is killed between the two comes here once more.
+                # Before last.pt: a run that is killed between the two validates again.
                 self.save(step, "best.pt")
-        self.net.train()  # evaluate has left it in eval mode
-        self.began = time.perf_counter()
 
     def save(self, step, name):
-        """Process 0 writes a checkpoint, from which --resume can go on, whole or not at all: at
-        every moment the file is the old one or the new one. Raises FloatingPointError where weights
-        are not finite: the old file is worth more."""
+        """Process 0 writes a checkpoint, from which --resume can go on. At every moment the file is
+        the old one or the new one, never a part. Raises FloatingPointError where weights are not
+        finite: the old file is worth more."""
         if self.rank > 0:
             return
         weights = self.net.state_dict()
@@ -323,7 +335,7 @@ class Run:
                       "classes": self.class_names, "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "step": step, "best": self.best_miou,
                       "recipe": self.recipe}
-        content = BytesIO()  # torch.save into a file would make a RuntimeError of a full disk
+        content = BytesIO()  # Into a file torch.save would raise RuntimeError for a full disk.
         torch.save(checkpoint, content)
         temporary = self.out / f"{name}.tmp"
         with open(temporary, "wb") as file:
@@ -331,7 +343,7 @@ class Run:
             file.flush()
             os.fsync(file.fileno())  # to the disk, before it gets its name
         os.replace(temporary, self.out / name)
-        self.began = time.perf_counter()
+        self.clock = time.perf_counter()  # Validating and saving are not part of an iteration.
 
     def log(self, event, step, **values):
         """Append a line of JSON to log.jsonl."""
@@ -341,7 +353,7 @@ class Run:
 
 
 if __name__ == "__main__":
-    # The same bytes each time, also on a GPU, where PyTorch can: it warns where it cannot.
+    # The same weights each time, to the last bit, also on a GPU. (PyTorch warns where it can't.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time and helps nobody here
