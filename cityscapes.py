@@ -11,8 +11,8 @@ an endless stream of training samples.
 
 Two numbers stand for a class. Its label id is the one in the files. Its train id, 0 to 18, is the
 one that the network learns. The train id 255 is void: such a pixel is neither trained nor scored.
-A label says for each pixel of a photograph which class is there: it is a map of train ids. In names
-a picture is Pillow's, and an image is a tensor. A label may be either.
+A label says for each pixel of a photograph which class is there: it is a map of train ids. Where
+code says picture, it is Pillow's; where it says image, it is a tensor. A label may be either.
 
 To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
 __len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
@@ -94,7 +94,7 @@ def read_label(path):
     if picture.mode != "L":  # mode L: one number per pixel
         raise DataError(f"{path} is not a map of label ids: its mode is {picture.mode}, not L")
     values = {value for count, value in picture.getcolors()}
-    known = set(range(34)) | set(TRAIN_IDS)  # the ids of Cityscapes, and those of CLASSES
+    known = set(range(34)) | TRAIN_IDS.keys()  # the ids of Cityscapes, and those of CLASSES
     if not values <= known:
         raise DataError(f"{path} is not a map of label ids: it has {sorted(values - known)}")
     # Pillow takes a table of 256 entries: which train id takes the place of each value.
@@ -102,8 +102,8 @@ def read_label(path):
 
 
 def paths_by_name(folder, ending):
-    """The files of a split lie at CITY/NAME_ending in a folder. Returns a dictionary of their paths
-    by CITY/NAME. Hidden files are left out."""
+    """In the folder of a split each city has a folder of files. Each is called by a name and then
+    `ending`. Returns the dictionary CITY/NAME -> path. (glob leaves hidden files out.)"""
     paths = {}
     for file in glob.glob(f"*/*{ending}", root_dir=folder):
         paths[Path(file).as_posix().removesuffix(ending)] = Path(folder, file)
@@ -191,16 +191,16 @@ class TensorPairs(Dataset):
 
 
 # Training samples -------------------------------------------------------------------------------
-PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalisation makes nearly 0
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which normalization makes nearly 0
 
 
 def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     """A change of colors as a matrix (3, 4): new RGB = matrix[:, :3] @ old RGB + matrix[:, 3].
     (Pillow rounds the result, and clips it to 0..255.) It makes these changes, in this order:
 
-    - `brightness`, in grey levels, is added to R, G and B;
+    - `brightness`, in gray levels, is added to R, G and B;
     - the color is brought to YIQ, the color space of analog television. Y is how light a pixel is.
-      I and Q are a point in a plane of tints, in which grey is at 0, 0. `saturation` multiplies I
+      I and Q are a point in a plane of tints, in which gray is at 0, 0. `saturation` multiplies I
       and Q, and `hue`, in degrees, turns the plane. Then the color is brought back to RGB.
       (mmsegmentation does this in HSV.)
     - `contrast` multiplies R, G and B."""
@@ -208,6 +208,7 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     cos, sin = math.cos(math.radians(hue)), math.sin(math.radians(hue))
     turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     stretch = np.diag([1, saturation, saturation])
+    # A product of matrices acts from right to left.
     matrix = contrast * np.linalg.inv(to_yiq) @ turn @ stretch @ to_yiq
     offset = matrix @ np.full(3, brightness)  # as matrix @ (x + b) = matrix @ x + matrix @ b
     return np.column_stack([matrix, offset])
@@ -241,7 +242,8 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # A generator may be seeded with a list. The 0 here and the 1 below make them differ.
+        # The seed of a generator may be a list. With a 0 in it, it draws orders. Below, with a 1, it
+        # draws crops.
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -251,15 +253,15 @@ class TrainingStream(Dataset):
 
         box, cropped_label = self.choose_box(label, rng)
         crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
-        crop = crop.convert("RGB", self.choose_colors(rng))  # Pillow applies a color_matrix so
+        crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
 
         # That has changed PADDING as well. Where the box reaches beyond the photograph, paint it
-        # again. The mask is cut in the same way: it is 0 in the photograph, and 255 beyond.
+        # again. The mask is cut in the same way. It is 0 inside the photograph, and 255 outside.
         left, top, right, bottom = box
         if right > picture.width or bottom > picture.height:
-            photograph = Image.new("L", picture.size, 0)
-            mask = cut(photograph, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
-            crop.paste(PADDING, mask=mask)  # where it is 255
+            inside = Image.new("L", picture.size, 0)
+            mask = cut(inside, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
+            crop.paste(PADDING, mask=mask)  # paints where the mask is 255
 
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
@@ -277,16 +279,16 @@ class TrainingStream(Dataset):
         crop_height, crop_width = self.crop_size
         box_height, box_width = crop_height / scale, crop_width / scale
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
-        # labelled pixels, take another box. The eleventh is taken as it is. (In mmsegmentation this
-        # is cat_max_ratio.)
+        # labeled pixels, try again. The eleventh box is taken as it is. (In mmsegmentation this is
+        # called cat_max_ratio.)
         for _ in range(11):
             # A photograph that is smaller than the box lies in its upper left corner.
             left = rng.uniform(0, max(0, label.width - box_width))
             top = rng.uniform(0, max(0, label.height - box_height))
             box = left, top, left + box_width, top + box_height
             cropped_label = cut(label, box, self.crop_size, Image.Resampling.NEAREST, VOID)
-            labelled = cropped_label.histogram()[:VOID]  # the number of pixels of each train id
-            if max(labelled) < 0.75 * sum(labelled):
+            labeled = cropped_label.histogram()[:VOID]  # the number of pixels of each train id
+            if max(labeled) < 0.75 * sum(labeled):
                 break
         return box, cropped_label
 
@@ -296,8 +298,8 @@ class TrainingStream(Dataset):
         def sometimes(low, high, neutral):
             return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 
-        matrix = color_matrix(brightness=sometimes(-32, 32, 0), contrast=sometimes(0.5, 1.5, 1),
-                              saturation=sometimes(0.5, 1.5, 1), hue=sometimes(-36, 36, 0))
+        matrix = color_matrix(brightness=sometimes(-32, 32, 0), saturation=sometimes(0.5, 1.5, 1),
+                              hue=sometimes(-36, 36, 0), contrast=sometimes(0.5, 1.5, 1))
         return tuple(matrix.flatten())
 
 

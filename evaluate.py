@@ -6,7 +6,7 @@
     python evaluate.py --ckpt best.pt --split test --save-ids submission
     python evaluate.py --ckpt best.pt --images photo.jpg holiday/ --save-color out
 
-The checkpoint is one of train.py's or one that mmsegmentation published. All labelled pixels of the
+The checkpoint is one of train.py's or one that mmsegmentation published. All labeled pixels of the
 split, at full resolution, are counted in one confusion matrix, of truth against prediction. From it
 come each class's intersection over union (IoU) and their mean (mIoU). The options --precision,
 --scales, --flip and --tile say how an image is predicted: they are the protocol of an evaluation.
@@ -42,8 +42,8 @@ def argmax_class(scores):
 
 
 def autocast(device, precision):
-    """A context in which the large operations of a network compute in `precision`: "bf16", "fp16",
-    or "fp32", which is without autocast. (There PyTorch's convolutions use TF32 on recent GPUs.)"""
+    """A context in which the large operations of a network compute in "bf16" or "fp16". With "fp32"
+    it does nothing. (In fp32 the convolutions of PyTorch use TF32 on recent GPUs.)"""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtypes.get(precision), enabled=precision in dtypes)
 
@@ -54,17 +54,17 @@ def confusion_matrix(label, prediction, num_classes):
     as 5 counts at [3, 5]. Void pixels are not counted, whatever was predicted there."""
     scored = label != VOID
     # A 3 that was predicted as 5 becomes 3 * 19 + 5 = 62. bincount counts each of these numbers.
-    # (As int, because 62 is small, but others are too large for uint8.)
-    pairs = label[scored].int() * num_classes + prediction[scored]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    # (int, because the largest is 18 * 19 + 18 = 360, and uint8 ends at 255)
+    codes = label[scored].int() * num_classes + prediction[scored]
+    return torch.bincount(codes, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def intersection_over_union(matrix):
     """IoU of each class: the number of pixels where label AND prediction are the class, divided by
     that where label OR prediction is. NaN (0/0) for a class that occurs in neither."""
-    both = matrix.diag()
-    labelled, predicted = matrix.sum(dim=1), matrix.sum(dim=0)
-    return both / (labelled + predicted - both)
+    both = matrix.diag().double()
+    labeled, predicted = matrix.sum(dim=1), matrix.sum(dim=0)
+    return both / (labeled + predicted - both)
 
 
 def mean_iou(matrix):
@@ -74,14 +74,14 @@ def mean_iou(matrix):
 
 
 def rank_and_world():
-    """With several GPUs the command torchrun starts this program once for each. Such a process
-    finds in its environment its number, `rank`, and how many there are, `world`. Without torchrun,
-    or with one process, they are 0 and 1."""
-    # Only if all three are there. One alone is left over from another program.
-    if not all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE")):
+    """For several GPUs the command torchrun starts this program once for each. It tells every
+    process its number, `rank`, and how many there are, `world`, by variables of the environment.
+    Without torchrun, or with one process, they are 0 and 1."""
+    # torchrun sets all three. If one is missing, the others are left over from something else.
+    torchrun = all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"))
+    if not torchrun or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
-    world = int(os.environ["WORLD_SIZE"])
-    return (int(os.environ["RANK"]) if world > 1 else 0), world
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
@@ -90,16 +90,17 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is left in eval mode. A function predict_image(net, image) -> train ids (H, W) may take
-    the place of `predict`. A function save(i, image, prediction) is called for each image i, if it
-    is given. If there are several processes, each must call `evaluate`, and each gets the whole
-    matrix. Raises DataError, as read_pair."""
+    `net` is left in eval mode. Another function predict_image(net, image) -> train ids (H, W) may
+    take the place of `predict`: there is one below the lesson, predict_averaged. A function
+    save(i, image, prediction) is called for each image i, if it is given. If there are several
+    processes, each must call `evaluate`, and each gets the whole matrix. Raises DataError, as
+    read_pair."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
     loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
-                        batch_size=None)  # one by one, as photographs may differ in size
+                        batch_size=None)  # in order, and one by one: sizes may differ
     pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -110,7 +111,7 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         if save:
             save(i, image, prediction)
     if world > 1:
-        dist.all_reduce(matrix)  # the sum over all processes
+        dist.all_reduce(matrix)  # In each process it becomes the sum over all processes.
     return matrix.cpu()
 
 
@@ -238,7 +239,7 @@ def start_process():
     rank, world = rank_and_world()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # A machine may have some of the processes only. LOCAL_RANK counts those.
+        # Of several machines each has some of the processes. LOCAL_RANK numbers those of one.
         local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
@@ -246,16 +247,16 @@ def start_process():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
-        # NCCL, which connects GPUs, would guess the device if it were not told. The others wait
-        # half an hour at most, for example while process 0 downloads weights.
+        # NCCL, which connects GPUs, would guess the device if it were not told. A process may wait
+        # half an hour for the others, for example while process 0 downloads weights.
         dist.init_process_group(device_id=device if device.type == "cuda" else None,
                                 timeout=timedelta(minutes=30))
     return device, rank, world
 
 
 def end_process():
-    """Every process calls this at the end of good work. NCCL asks for it, which connects GPUs. (On
-    CPUs nothing asks, and it could wait for a process that has gone.)"""
+    """Every process calls this at its end, if all went well, because NCCL wants its group closed.
+    (On CPUs nothing wants that, and closing could wait for a process that has gone already.)"""
     if dist.is_initialized() and torch.cuda.is_available():
         dist.destroy_process_group()
 
@@ -297,8 +298,8 @@ def parse_args(argv):
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of autocast (fp32)")
     add("--workers", type=at_least(0), default=share_of_cores(4), help="loaders (%(default)s)")
     args = parser.parse_args(argv)
-    unlabelled, saving = args.images or args.split == "test", args.save_ids or args.save_color
-    if unlabelled and (args.json or not saving):
+    saving = args.save_ids or args.save_color
+    if (args.images or args.split == "test") and (args.json or not saving):
         parser.error("photographs and the test split have no labels to score with: leave out "
                      "--json, and add --save-color DIR, or --save-ids DIR for the test server")
     if args.images and rank_and_world()[1] > 1:

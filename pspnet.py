@@ -6,9 +6,9 @@
 The task is semantic segmentation: name the class of every pixel of a photograph. The same shape is
 a boat on a river and a car on a street: only the rest of the scene tells which. PSPNet therefore
 has two parts. A ResNet computes features at one eighth of the photograph's resolution. Then a head
-divides this map of features into 1, 2x2, 3x3 and 6x6 regions, averages the features of each region,
-and hands the averages back to every position. So each position is classified by what is there and
-by what is around it, up to the whole scene.
+divides this map of features into 1, 2x2, 3x3 and 6x6 regions, and averages the features of each
+region. Every position gets the averages of the regions in which it lies. So it is classified by
+what is there and by what is around it, up to the whole scene.
 
 The modules have the names that they have in mmsegmentation 1.2.2, a well-known library, so that its
 files of weights can be loaded. `python pspnet.py` prints the number of parameters and operations.
@@ -34,8 +34,8 @@ def shortcut(in_channels, out_channels, stride):
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
-    H/stride, W/stride). `dilation` is that of the first convolution; the second has none, as in
-    mmsegmentation. What dilation is for, the docstring of ResNet says."""
+    H/stride, W/stride). Stride and dilation are those of the first convolution. (The docstring of
+    ResNet explains dilation.)"""
 
     expansion = 1  # output channels divided by `channels`
 
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn2.weight)  # at first a block adds 0 to its shortcut
+        nn.init.zeros_(self.bn2.weight)  # A new block adds 0 to its shortcut.
         self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x):
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        nn.init.zeros_(self.bn3.weight)  # at first a block adds 0 to its shortcut
+        nn.init.zeros_(self.bn3.weight)  # A new block adds 0 to its shortcut.
         self.downsample = shortcut(in_channels, 4 * channels, stride)
 
     def forward(self, x):
@@ -83,8 +83,8 @@ class Bottleneck(nn.Module):
 
 
 def stage(block, in_channels, channels, depth, stride=1, first_dilation=1, dilation=1):
-    """`depth` blocks in a row. The first may change the number of channels and the resolution, and
-    may have another dilation than the others."""
+    """`depth` blocks in a row. The first may change the number of channels and the resolution. It
+    has a dilation of its own, for the reason that ResNet gives."""
     blocks = [block(in_channels, channels, stride, first_dilation)]
     for _ in range(depth - 1):
         blocks.append(block(block.expansion * channels, channels, 1, dilation))
@@ -94,8 +94,8 @@ def stage(block, in_channels, channels, depth, stride=1, first_dilation=1, dilat
 class Variant(NamedTuple):
     block: type  # BasicBlock or Bottleneck
     depths: tuple  # the number of blocks in each of the four stages
-    deep_stem: bool  # begins with three 3x3 convolutions (such a ResNet is called V1c), not one 7x7
-    weights: str  # the name of a file with weights that were trained on ImageNet
+    deep_stem: bool  # True: the first layers are three 3x3 convolutions ("V1c"). False: one 7x7
+    weights_file: str  # the name of a file with weights that were trained on ImageNet
 
 
 BACKBONES = {
@@ -110,7 +110,7 @@ BACKBONES = {
 
 class ResNet(nn.Module):
     """A ResNet (He et al., CVPR 2016) whose output has an eighth of the image's resolution:
-    normalised images (B, 3, H, W) -> stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8,
+    normalized images (B, 3, H, W) -> stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8,
     W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
     In the original ResNet each of the stages 2, 3 and 4 (`layer2` to `layer4`) halves the
@@ -122,15 +122,18 @@ class ResNet(nn.Module):
     that are 16 or 32 pixels apart. Dilation restores this distance: a 3x3 convolution of dilation d
     reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the map.)
 
-                                its 3x3 convolution reads positions that are
+    In the original, the first block of a stage makes the map smaller. So what it reads itself is
+    still the map of the stage before.
+
+                                a 3x3 convolution reads positions that are
                                 in the original    here without dilation    so it gets
         stage 3, first block    8 pixels apart     8 pixels apart           dilation 1
         stage 3, other blocks   16                 8                        dilation 2
         stage 4, first block    16                 8                        dilation 2
         stage 4, other blocks   32                 8                        dilation 4
 
-    The first block of a stage is special, because in the original it reads the map of the stage
-    before, and it is this block that makes the map smaller."""
+    (A BasicBlock has two. Only its first is dilated, as in mmsegmentation. So in ResNet-18 half of
+    the distances stay wrong.)"""
 
     def __init__(self, name):
         super().__init__()
@@ -147,7 +150,7 @@ class ResNet(nn.Module):
             self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        block, depths, e = variant.block, variant.depths, variant.block.expansion
+        block, depths, e = variant.block, variant.depths, variant.block.expansion  # e: 1 or 4
         self.layer1 = stage(block, 64, 64, depths[0])
         self.layer2 = stage(block, 64 * e, 128, depths[1], stride=2)
         self.layer3 = stage(block, 128 * e, 256, depths[2], first_dilation=1, dilation=2)
@@ -182,11 +185,12 @@ class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
     num_classes, h, w). Each number k in `bins` is a level of the pyramid: it divides the map x into
     a grid of k by k regions, and averages the features of each region. So k = 1 averages the whole
-    map. With bins=() there is no pyramid."""
+    map. (Where k does not divide h or w, regions beside each other share a row or a column.) With
+    bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # in each level. So four levels together have as many as x.
+        channels = in_channels // 4  # of one level: four levels together have as many as x
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList()
         for k in self.bins:
@@ -201,7 +205,7 @@ class PyramidHead(nn.Module):
         parts = [x]  # in ResNet-50 (B, 2048, h, w)
         for average_and_conv in self.psp_modules:
             p = average_and_conv(x)  # one vector for each region: (B, 512, k, k)
-            # Every position gets the vector of its region, blended with those of the next regions.
+            # Every position gets the vector of its region, blended with those of regions beside it.
             p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
             parts.append(p)  # (B, 512, h, w)
         stack = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
@@ -211,7 +215,7 @@ class PyramidHead(nn.Module):
 
 class AuxiliaryHead(nn.Sequential):
     """A second classifier, on stage 3: x (B, C, h, w) -> logits (B, num_classes, h, w). Its loss
-    helps to train a deep network (section 3.3, figure 4), and it is used for nothing else. Its
+    helps to train a deep network (section 4, figure 4), and it is used for nothing else. Its
     forward, too, is that of nn.Sequential."""
 
     def __init__(self, in_channels, num_classes):
@@ -226,26 +230,29 @@ class PSPNet(nn.Module):
     """The whole network. `backbone` is a name in BACKBONES, `bins` are the levels of PyramidHead.
 
     net(images) -> (logits, aux_logits). images: RGB, (B, 3, H, W), uint8 or float, 0..255, any H
-    and W. The network normalises them itself. logits and aux_logits: (B, num_classes, H, W), float.
+    and W. The network normalizes them itself. logits and aux_logits: (B, num_classes, H, W), float.
 
     In eval mode aux_logits is None. In train mode B must be at least 2. The reason is the level
-    k = 1: in each channel it has a single value per image, and batch norm can't compute a variance
+    k = 1: there a channel has a single value per image, and batch norm can't compute a variance
     from one value. (Without 1 among the bins B may be 1.)
 
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
 
-    Head = PyramidHead  # the class of decode_head. FastPSPNet, below the lesson, has a faster one.
+    Head = PyramidHead  # FastPSPNet, below the lesson, puts a faster class in its place.
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
         # Checkpoints hold these arguments, so that the network can be built again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
+        # Buffers go to the GPU with the network. These are not part of its files of weights.
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         channels = 512 * BACKBONES[backbone].block.expansion
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
-        # The initial values are those of mmsegmentation. (Batch norm keeps what the blocks set.)
+        # The initial values are those of mmsegmentation. (Batch norms have theirs already.)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -267,10 +274,7 @@ class PSPNet(nn.Module):
 
     def normalize(self, images):
         """Values of 0..255 -> mean about 0, standard deviation about 1, in the weights' dtype."""
-        images = images.to(self.decode_head.conv_seg.weight.dtype)
-        # Channel by channel, with numbers of Python: a tensor would be copied to the GPU each time.
-        red_green_blue = [(images[:, c] - MEAN[c]) / STD[c] for c in range(3)]
-        return torch.stack(red_green_blue, dim=1)
+        return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
 # Here the lesson ends. What follows is the same network, only faster, and files of weights. ------
@@ -279,12 +283,12 @@ from pathlib import Path
 
 
 def matrix_of(function, length, like):
-    """The matrix (outputs, length) of a linear function along an axis, on the device of `like`, in
-    float32 (or float64, if `like` is). Its column j is what the function makes of the j-th unit
-    vector: 0, except for a 1 at place j."""
+    """The matrix (outputs, length) of a linear function of vectors of this length. Column j of such
+    a matrix is what the function makes of the j-th unit vector: 0, except for a 1 at place j. It is
+    on the device of the tensor `like`, and float32 (or float64, if that is)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # one in each row
-    rows = function(unit_vectors[None])[0]  # of each row, as if they were channels of an image
+    rows = function(unit_vectors[None])[0]  # of all at once: as channels of one image, for PyTorch
     return rows.mT.clone(memory_format=torch.contiguous_format)  # torch.kron needs this order
 
 
@@ -326,7 +330,7 @@ class FastPyramidHead(PyramidHead):
         weight_of_x, *weights = self.bottleneck.conv.weight.split(channels, dim=1)
         y = F.conv2d(x, weight_of_x, padding=1)
         levels = zip(self.bins, self.averages(x), self.psp_modules, weights, strict=True)
-        for k, means, (_, conv_bn_relu), W in levels:  # _: the averaging, which `averages` has done
+        for k, means, (_, conv_bn_relu), W in levels:  # instead of _ we have `averages`
             p = conv_bn_relu(means)  # [b, i, m, n], where b is the image of the batch
             R = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: see shifts
             S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
@@ -362,8 +366,8 @@ class FastPyramidHead(PyramidHead):
 
 
 class FastPSPNet(PSPNet):
-    """The same function as PSPNet, for four fifths of the operations, and without those of which
-    PyTorch has no reproducible gradient on CUDA."""
+    """The same function as PSPNet, for four fifths of the operations. It avoids the operations of
+    PyTorch whose gradient on CUDA varies from run to run."""
 
     Head = FastPyramidHead
 
@@ -383,8 +387,8 @@ class CheckpointError(Exception):
 
 
 def reason_of(error):
-    """The beginning of an error's text, on one line. Where torch.load refuses a file, advice stands
-    in front of the reason: to run the code in the file. It is left out."""
+    """The beginning of an error's text, on one line. Where torch.load refuses a file, the text
+    begins with advice to run the code in the file. That advice is left out."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2]  # the whole text, if it has none
     return " ".join(text.split())[:200] or repr(error)
 
@@ -453,7 +457,7 @@ def load_net(path):
         net.load_state_dict(dict(weights))
         dataset_meta = meta.get("dataset_meta", {})
         names = checkpoint.get("classes") or meta.get("CLASSES") or dataset_meta.get("classes")
-        net.class_names = names and [str(name) for name in names]
+        net.class_names = [str(name) for name in names] if names else None
     except Exception as error:  # the file is one of another program
         raise CheckpointError(f"{path} holds no PSPNet of this program or of mmsegmentation "
                               f"({reason_of(error)})") from error
@@ -467,7 +471,7 @@ def load_backbone(net, source):
     backbone = net.arguments["backbone"]
     path = source
     if source == "imagenet":
-        file = BACKBONES[backbone].weights
+        file = BACKBONES[backbone].weights_file
         folder = "openmmlab.com/pretrain/third_party" if "v1c" in file else "pytorch.org/models"
         url = f"https://download.{folder}/{file}"
         path = Path(torch.hub.get_dir(), "checkpoints", file)

@@ -13,16 +13,9 @@ mIoU on val. README.md lists what differs from that and from the paper. The fold
     log.jsonl           a line of JSON every 10 iterations, and per save, start and validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. --resume goes on from last.pt. Its samples, dropout and weights
-are then those of a run in one go: on a CPU to the last bit. (For dropout the number of processes
-must be the same. The log has the iterations after last.pt twice. Then the later line counts.)
-
-Several machines, each with --data and --out in sight, run the same command on each:
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
-        --rdzv_id=1 train.py
-torchrun can restart a run that fails. It needs another store for each attempt:
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
-        --max-restarts=3 train.py --resume
+A run may be killed at any moment. The same command with --resume goes on from last.pt. It sees the
+samples that the run in one go would have seen. It has the same dropout, if the number of processes
+is the same. On a CPU its weights at the end are the same to the last bit.
 """
 import torch
 import torch.nn.functional as F
@@ -31,13 +24,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cityscapes import VOID, TrainingStream
-from evaluate import autocast
+from evaluate import autocast, start_process
 from pspnet import FastPSPNet
 
 
 def poly_lr(iteration, iters, base_lr=0.01):
     """The learning rate of an iteration, 0 to iters - 1. It falls from base_lr to base_lr / 100,
-    with power 0.9, as in mmengine 0.10.7, PolyLR. In the paper (section 5.1) it falls to 0."""
+    with power 0.9, as in mmengine 0.10.7, PolyLR. In the paper (section 5.1) it falls to 0. (max is
+    there for a run of one iteration.)"""
     end_lr = base_lr / 100
     return end_lr + (base_lr - end_lr) * (1 - iteration / max(1, iters - 1)) ** 0.9
 
@@ -57,36 +51,38 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
     with autocast(images.device, precision):
         logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels)
-        loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # section 3.3
+        loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # 0.4: section 5.1
     optimizer.zero_grad()
-    scaler.scale(loss).backward()  # fp16: a multiple of the loss, or small gradients would be 0
-    scaler.step(optimizer)  # fp16: gradients by the same factor smaller; no step if one is infinite
-    scaler.update()  # fp16: another factor, if this one was too large
+    scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would become 0
+    scaler.step(optimizer)  # fp16: divides the gradients again; skips the step if one is infinite
+    scaler.update()  # fp16: makes the factor smaller, if that has happened
     return loss.detach()
 
 
 def main(argv=None):
-    # evaluate.py has start_process. parse_args, data_sets and Run stand below the lesson.
-    device, rank, world = start_process()  # of this process the GPU or CPU and the number; how many
+    # `device` is the GPU or CPU of this process, `rank` its number, `world` how many there are.
+    # parse_args, data_sets and Run stand below the lesson.
+    device, rank, world = start_process()
     args = parse_args(device, world, argv)  # the options: python train.py --help
     train_set, val_set = data_sets(args)
 
     # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
     # network, which is evaluated and saved. `model` is net wrapped for several processes.
-    torch.manual_seed(args.seed % 2**32)  # PyTorch on a CPU uses 32 bits of a seed
+    torch.manual_seed(args.seed % 2**32)  # A seed of PyTorch has 32 bits on a CPU.
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # channels_last: all channels of a position lie side by side in memory. On GPUs convolutions and
-    # their gradients are faster so, on CPUs slower.
+    # channels_last: all channels of a position lie side by side in memory. This makes training
+    # faster on GPUs, and slower on CPUs.
     layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
     net.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
+    # A Run knows what is written to the folder --out, and how. `begin` loads weights of ImageNet
+    # into the backbone, or with --resume the latest checkpoint. It returns how many iterations are
+    # finished: 0, or the checkpoint's number.
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
-    # Load ImageNet's weights into the backbone, or with --resume the latest checkpoint. `start` is
-    # the number of iterations that are finished: 0, or the checkpoint's.
     start = run.begin()
     model = net
     if world > 1:
@@ -110,8 +106,8 @@ def main(argv=None):
             group["lr"] = lr
         # Only dropout is random here. Each iteration and process has a seed of its own, so that a
         # resumed run drops the same.
-        number = (args.seed * args.iters + iteration) * world + rank
-        torch.manual_seed(number % 2**32)
+        dropout_seed = (args.seed * args.iters + iteration) * world + rank
+        torch.manual_seed(dropout_seed % 2**32)
 
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True).long()  # cross_entropy needs int64
@@ -121,7 +117,7 @@ def main(argv=None):
         step = iteration + 1  # how many iterations are finished
         validating = step % args.val_every == 0 or step == args.iters
         saving = validating or step % args.save_every == 0
-        if saving or step % 10 == 0:
+        if saving or step % 10 == 0:  # before each save, because it stops a run that diverges
             run.log_losses(step, lr, bar)  # their mean since the last time
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
@@ -147,12 +143,24 @@ from cityscapes import Cityscapes  # the data set: for one of your own change th
 from cityscapes import (DataError, TensorPairs, at_least, check_classes, colored, read_pair,
                         save_sheet, to_picture)
 from evaluate import (compare_processes, end_process, evaluate, format_scores, predict,
-                      rank_and_world, scores_of, share_of_cores, start_process, warn_of_one_class)
+                      rank_and_world, scores_of, share_of_cores, warn_of_one_class)
 from pspnet import BACKBONES, CheckpointError, load_backbone, load_net, read_weights
 
 
 def parse_args(device, world, argv):
-    parser = argparse.ArgumentParser(description=__doc__,
+    """On several machines, which all see --data and --out, type on each of them (as one line)
+
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400
+        --rdzv_id=1 train.py
+
+    torchrun can start a run again after a failure (the first word gives each attempt a port):
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8
+        --max-restarts=3 train.py --resume
+
+    The mIoU of a validation is that in --precision. evaluate.py computes in fp32 unless it is told.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, epilog=parse_args.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="data/cityscapes", help="where leftImg8bit and gtFine are (%(default)s)")
@@ -296,8 +304,8 @@ class Run:
         """Every process must call this. Process 0 prints the table, draws some predictions, and
         saves best.pt."""
         if self.world > 1:
-            # On CPUs, without SyncBatchNorm, each process has other running means and variances.
-            # Those of process 0 are saved, so it hands them on.
+            # Without SyncBatchNorm, on CPUs, the running means and variances of batch norm differ
+            # from process to process. Those of process 0 count.
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
         predict_image = partial(predict, precision=self.args.precision)
@@ -315,11 +323,12 @@ class Run:
                   f"{self.out}/val_{step:06}.png", flush=True)
             gib = torch.cuda.max_memory_allocated() / 2**30  # the most so far; 0 on a CPU
             self.log("validation", step, gib=round(gib, 2), **scores)
-            labelled = matrix.sum(dim=1)  # the number of pixels of each class
-            warn_of_one_class(labelled, "val")
-            if (labelled > 0).sum() > 1 and scores["miou"] > self.best_miou:
+            labeled = matrix.sum(dim=1)  # the number of pixels of each class
+            warn_of_one_class(labeled, "val")
+            if (labeled > 0).sum() > 1 and scores["miou"] > self.best_miou:
                 self.best_miou = scores["miou"]
-                # Before last.pt: a run that is killed between the two validates again.
+                # best.pt before last.pt: a run that is killed after it resumes before this
+                # validation, and comes here again.
                 self.save(step, "best.pt")
 
     def save(self, step, name):
