@@ -9,10 +9,10 @@ an endless stream of training samples.
     python cityscapes.py --data DIR          # counts the photographs, draws training samples
     python cityscapes.py --data DIR --check  # decodes all files first, and lists what is wrong
 
-Two numbers stand for a class. Its label id is the one in the files. Its train id, 0 to 18, is the
-one that the network learns. The train id 255 is void: such a pixel is neither trained nor scored.
-A label says for each pixel of a photograph which class is there: it is a map of train ids. Where
-code says picture, it is Pillow's; where it says image, it is a tensor. A label may be either.
+Two numbers stand for a class. Its id is the one in the official files. Its train id, 0 to 18, is
+the one that the network learns. The train id 255 is void: such a pixel is neither trained nor
+scored. A label is a map of train ids: it says for each pixel of a photograph which class is there.
+Where code says picture, it is Pillow's. Where it says image, it is a tensor. A label may be either.
 
 To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
 __len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 
 class SceneClass(NamedTuple):
-    id: int  # the label id: in the *_labelIds.png files, and what the test server wants
+    id: int  # the number in the *_labelIds.png files, which the test server wants as well
     name: str
     category: str  # a group of classes, scored as a whole too
     color: tuple  # red, green, blue
@@ -59,7 +59,7 @@ CLASSES = [  # cityscapesScripts 2.3.0, cityscapesscripts/helpers/labels.py
     SceneClass(33, "bicycle", "vehicle", (119, 11, 32)),
 ]
 VOID = 255  # the train id of all other pixels
-TRAIN_IDS = {entry.id: train_id for train_id, entry in enumerate(CLASSES)}  # label id -> train id
+TRAIN_IDS = {entry.id: train_id for train_id, entry in enumerate(CLASSES)}  # id -> train id
 
 
 # The files --------------------------------------------------------------------------------------
@@ -89,21 +89,22 @@ def read_picture(path):
 
 
 def read_label(path):
-    """A file of label ids, 0 to 33 -> a label, of train ids. Raises DataError for other files."""
+    """A file of ids, 0 to 33 -> a label, of train ids. Raises DataError for other files."""
     picture = open_picture(path)
     if picture.mode != "L":  # mode L: one number per pixel
-        raise DataError(f"{path} is not a map of label ids: its mode is {picture.mode}, not L")
-    values = {value for count, value in picture.getcolors()}
+        raise DataError(f"{path} is not a map of ids: its mode is {picture.mode}, not L")
+    values = {value for count, value in picture.getcolors()}  # "colors" are numbers in mode L
     known = set(range(34)) | TRAIN_IDS.keys()  # the ids of Cityscapes, and those of CLASSES
     if not values <= known:
-        raise DataError(f"{path} is not a map of label ids: it has {sorted(values - known)}")
+        raise DataError(f"{path} is not a map of ids: it has {sorted(values - known)}")
     # Pillow takes a table of 256 entries: which train id takes the place of each value.
     return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 
 
 def paths_by_name(folder, ending):
-    """In the folder of a split each city has a folder of files. Each is called by a name and then
-    `ending`. Returns the dictionary CITY/NAME -> path. (glob leaves hidden files out.)"""
+    """The folder of a split has a folder for each city. In it a file is called by the name of its
+    photograph, followed by `ending`. Returns the dictionary CITY/NAME -> path. (glob leaves hidden
+    files out.)"""
     paths = {}
     for file in glob.glob(f"*/*{ending}", root_dir=folder):
         paths[Path(file).as_posix().removesuffix(ending)] = Path(folder, file)
@@ -148,9 +149,9 @@ class Cityscapes(Dataset):
 
 
 def read_pair(dataset, i):
-    """dataset[i] of any data set, Cityscapes or your own, once it is checked: a picture in RGB, and
-    a label of the same size, whose values are train ids and VOID. Raises DataError for all else,
-    and IndexError where i is beyond the end."""
+    """Reads dataset[i] of any data set, Cityscapes or your own, checks it, and returns it: a
+    picture in RGB, and a label of the same size, whose values are train ids and VOID. Raises
+    DataError if it is anything else, and IndexError where i is beyond the end."""
     try:
         picture, label = dataset[i]
         picture.load()  # decodes it, if the data set has only opened it
@@ -234,7 +235,7 @@ class TrainingStream(Dataset):
     sample is a random crop of a photograph that is resized by a random factor. Its colors are
     changed, and half of the samples are mirrored. This augmentation follows mmsegmentation 1.2.2. A
     crop that reaches beyond the photograph is filled up with PADDING and VOID. (With Cityscapes and
-    the default crop none does.) Raises DataError, as read_pair."""
+    the default crop none does.) Raises DataError, like read_pair."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
@@ -242,8 +243,8 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # The seed of a generator may be a list. With a 0 in it, it draws orders. Below, with a 1, it
-        # draws crops.
+        # A generator may have a list as its seed. The 0 here and the 1 in __getitem__ only make
+        # sure that orders and crops never come from the same seed.
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -255,21 +256,22 @@ class TrainingStream(Dataset):
         crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
         crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
 
-        # That has changed PADDING as well. Where the box reaches beyond the photograph, paint it
-        # again. The mask is cut in the same way. It is 0 inside the photograph, and 255 outside.
+        # The matrix has changed PADDING as well. Where the box reaches beyond the photograph, paint
+        # PADDING again. For this the same box is cut out of zeros, and filled with 255 outside.
         left, top, right, bottom = box
         if right > picture.width or bottom > picture.height:
-            inside = Image.new("L", picture.size, 0)
-            mask = cut(inside, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
-            crop.paste(PADDING, mask=mask)  # paints where the mask is 255
+            zeros = Image.new("L", picture.size, 0)
+            outside = cut(zeros, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
+            crop.paste(PADDING, mask=outside)  # paints where it is 255
 
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
         return to_tensors(crop, cropped_label)
 
     def choose_box(self, label, rng):
-        """What to cut from a photograph. Returns a box for `cut`, and the label that was cut with
-        it, because the choice needs that.
+        """Where to crop a photograph, of which this is the label. Returns the box, and the label in
+        this box, resized to the size of the crop. (The label is cut here already, because a box is
+        chosen by what the label shows in it.)
 
         The recipe says: resize the photograph by a random factor of 0.5 to 2, then cut out a crop.
         Instead we cut out a box of the photograph as it is, and resize the box to the size of the

@@ -32,8 +32,8 @@ def predict(net, image, precision="fp32"):
 
 def argmax_class(scores):
     """Logits or probabilities (C, H, W) -> the index of the largest of the C, (H, W), uint8. Raises
-    FloatingPointError where the largest is not finite. (A damaged network computes NaN everywhere.
-    Its argmax is 0, a class.)"""
+    FloatingPointError where the largest is not finite. (If a network computes only NaN, argmax says
+    class 0 everywhere, which looks like a prediction.)"""
     largest, index = scores.max(dim=0)
     if not largest.isfinite().all():
         raise FloatingPointError("the network computes values that are not finite: its weights are "
@@ -44,7 +44,7 @@ def argmax_class(scores):
 def autocast(device, precision):
     """A context in which the large operations of a network compute in "bf16" or "fp16". With "fp32"
     it does nothing. (In fp32 the convolutions of PyTorch use TF32 on recent GPUs.)"""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # "fp32" is not among them
     return torch.autocast(device.type, dtypes.get(precision), enabled=precision in dtypes)
 
 
@@ -60,8 +60,9 @@ def confusion_matrix(label, prediction, num_classes):
 
 
 def intersection_over_union(matrix):
-    """IoU of each class: the number of pixels where label AND prediction are the class, divided by
-    that where label OR prediction is. NaN (0/0) for a class that occurs in neither."""
+    """IoU of each class. It is the number of pixels where label AND prediction are the class,
+    divided by the number of pixels where label OR prediction is the class. A class that occurs in
+    neither has NaN (0/0)."""
     both = matrix.diag().double()
     labeled, predicted = matrix.sum(dim=1), matrix.sum(dim=0)
     return both / (labeled + predicted - both)
@@ -93,14 +94,14 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     `net` is left in eval mode. Another function predict_image(net, image) -> train ids (H, W) may
     take the place of `predict`: there is one below the lesson, predict_averaged. A function
     save(i, image, prediction) is called for each image i, if it is given. If there are several
-    processes, each must call `evaluate`, and each gets the whole matrix. Raises DataError, as
-    read_pair."""
+    processes, which start_process has connected, each must call `evaluate`, and each gets the whole
+    matrix. Raises DataError, like read_pair."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
     share = range(rank, len(dataset), world)
     loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
-                        batch_size=None)  # in order, and one by one: sizes may differ
+                        batch_size=None)  # no batches, as sizes may differ: image is (3, H, W)
     pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -270,8 +271,7 @@ def compare_processes(**settings):
         dist.all_gather_object(everyones, settings)
     differing = [key for key in settings if any(other[key] != settings[key] for other in everyones)]
     if differing:
-        raise DataError(f"the processes differ in {', '.join(differing)}: all of them need the "
-                        "same options and the same files")
+        raise DataError(f"the processes differ in {', '.join(differing)}: give all of them the same")
 
 
 def share_of_cores(most):
@@ -389,10 +389,10 @@ def main(argv=None):
     device, rank, _ = start_process()
     net = load_net(args.ckpt).to(device, memory_format=torch.channels_last)
     class_names = check_classes(Cityscapes.classes)
-    known = net.class_names or ["?"] * net.arguments["num_classes"]
-    if len(known) != len(class_names) or net.class_names not in (None, class_names):
-        raise CheckpointError(f"{args.ckpt} knows the {len(known)} classes {known}, and the data "
-                              f"set has the {len(class_names)} classes {class_names}")
+    num_classes, known = net.arguments["num_classes"], net.class_names or class_names
+    if num_classes != len(class_names) or known != class_names:
+        raise CheckpointError(f"{args.ckpt} was trained for {num_classes} classes ({known}), and "
+                              f"the data set has {len(class_names)} classes ({class_names})")
     protocol = {name: vars(args)[name] for name in ("precision", "scales", "flip", "tile")}
     predict_image = partial(predict, precision=args.precision)
     if args.flip or args.tile or args.scales != [1.0]:
@@ -400,9 +400,10 @@ def main(argv=None):
     if args.images:
         return predict_photographs(net, device, predict_image, args)
 
-    dataset, save = Cityscapes(args.data, args.split), None
+    dataset = Cityscapes(args.data, args.split)
     ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
     compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
+    save = None
     if args.save_ids or args.save_color:
         names = names_of(dataset)
 

@@ -33,21 +33,21 @@ def shortcut(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, channels,
+    """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, width,
     H/stride, W/stride). Stride and dilation are those of the first convolution. (The docstring of
     ResNet explains dilation.)"""
 
-    expansion = 1  # output channels divided by `channels`
+    expansion = 1  # the number of output channels divided by `width`
 
-    def __init__(self, in_channels, channels, stride=1, dilation=1):
+    def __init__(self, in_channels, width, stride=1, dilation=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=dilation,
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=dilation,
                                dilation=dilation, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn2.weight)  # A new block adds 0 to its shortcut.
-        self.downsample = shortcut(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.bn2.weight)  # At first the block only passes its shortcut on.
+        self.downsample = shortcut(in_channels, width, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -58,21 +58,21 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut (ResNet-50, 101): (B, in_channels, H, W) ->
-    (B, 4 * channels, H/stride, W/stride). The 3x3 carries stride and dilation."""
+    (B, 4 * width, H/stride, W/stride). The 3x3 carries stride and dilation."""
 
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride=1, dilation=1):
+    def __init__(self, in_channels, width, stride=1, dilation=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation,
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation,
                                bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * channels)
-        nn.init.zeros_(self.bn3.weight)  # A new block adds 0 to its shortcut.
-        self.downsample = shortcut(in_channels, 4 * channels, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        nn.init.zeros_(self.bn3.weight)  # At first the block only passes its shortcut on.
+        self.downsample = shortcut(in_channels, 4 * width, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -82,12 +82,12 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
-def stage(block, in_channels, channels, depth, stride=1, first_dilation=1, dilation=1):
-    """`depth` blocks in a row. The first may change the number of channels and the resolution. It
-    has a dilation of its own, for the reason that ResNet gives."""
-    blocks = [block(in_channels, channels, stride, first_dilation)]
+def stage(block, in_channels, width, depth, stride=1, first_dilation=1, dilation=1):
+    """`depth` blocks in a row, which end with width * expansion channels. Only the first block may
+    have a stride. It has its own dilation. (The docstring of ResNet says why.)"""
+    blocks = [block(in_channels, width, stride, first_dilation)]
     for _ in range(depth - 1):
-        blocks.append(block(block.expansion * channels, channels, 1, dilation))
+        blocks.append(block(block.expansion * width, width, 1, dilation))
     return nn.Sequential(*blocks)
 
 
@@ -114,26 +114,25 @@ class ResNet(nn.Module):
     W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
 
     In the original ResNet each of the stages 2, 3 and 4 (`layer2` to `layer4`) halves the
-    resolution. Two positions that are neighbors on the map of stage 2 are 8 pixels apart in the
-    image, on that of stage 3 16 pixels, on that of stage 4 32 pixels. Here stages 3 and 4 keep the
-    resolution of stage 2, because a map of classes needs it: neighbors stay 8 pixels apart.
+    resolution. Positions that are neighbors on the map of stage 2 are 8 pixels of the image apart.
+    On the map of stage 3 they are 16 pixels apart, on that of stage 4 32 pixels. Here stages 3 and
+    4 keep the resolution of stage 2, because a map of classes needs it. Neighbors stay 8 pixels
+    apart.
 
-    But the weights come from an original ResNet. Its 3x3 convolutions learned to read neighbors
-    that are 16 or 32 pixels apart. Dilation restores this distance: a 3x3 convolution of dilation d
-    reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the map.)
+    But the weights come from an original ResNet. There a 3x3 convolution has learned to read
+    positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
+    dilation d reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the
+    map.) The table says for each block how far apart the positions are that its 3x3 convolution
+    reads. The first block of a stage reads the map of the stage before.
 
-    In the original, the first block of a stage makes the map smaller. So what it reads itself is
-    still the map of the stage before.
+                                in the original    here, without dilation    dilation
+        stage 3, first block    8 pixels           8 pixels                  1
+        stage 3, other blocks   16 pixels          8 pixels                  2
+        stage 4, first block    16 pixels          8 pixels                  2
+        stage 4, other blocks   32 pixels          8 pixels                  4
 
-                                a 3x3 convolution reads positions that are
-                                in the original    here without dilation    so it gets
-        stage 3, first block    8 pixels apart     8 pixels apart           dilation 1
-        stage 3, other blocks   16                 8                        dilation 2
-        stage 4, first block    16                 8                        dilation 2
-        stage 4, other blocks   32                 8                        dilation 4
-
-    (A BasicBlock has two. Only its first is dilated, as in mmsegmentation. So in ResNet-18 half of
-    the distances stay wrong.)"""
+    (A BasicBlock has two 3x3 convolutions. Only its first is dilated, as in mmsegmentation. So in
+    ResNet-18 the second ones read other distances than the weights have learned.)"""
 
     def __init__(self, name):
         super().__init__()
@@ -155,7 +154,7 @@ class ResNet(nn.Module):
         self.layer2 = stage(block, 64 * e, 128, depths[1], stride=2)
         self.layer3 = stage(block, 128 * e, 256, depths[2], first_dilation=1, dilation=2)
         self.layer4 = stage(block, 256 * e, 512, depths[3], first_dilation=2, dilation=4)
-        # The original has stride=2 in layer3 and layer4, and dilation 1 everywhere.
+        # (The original has stride=2 in layer3 and layer4, and dilation 1 everywhere.)
 
     def forward(self, x):
         if self.deep_stem:
@@ -190,7 +189,7 @@ class PyramidHead(nn.Module):
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # of one level: four levels together have as many as x
+        channels = in_channels // 4  # Each level has a quarter of the channels of x.
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList()
         for k in self.bins:
@@ -221,7 +220,7 @@ class AuxiliaryHead(nn.Sequential):
     def __init__(self, in_channels, num_classes):
         super().__init__()
         channels = in_channels // 4
-        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # "convs.0" in files
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # as in mmsegmentation
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
@@ -245,7 +244,7 @@ class PSPNet(nn.Module):
         super().__init__()
         # Checkpoints hold these arguments, so that the network can be built again.
         self.arguments = {"num_classes": num_classes, "backbone": backbone, "bins": list(bins)}
-        # Buffers go to the GPU with the network. These are not part of its files of weights.
+        # A buffer goes to the GPU with the network. These two are not saved with the weights.
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         channels = 512 * BACKBONES[backbone].block.expansion
@@ -306,9 +305,12 @@ class FastPyramidHead(PyramidHead):
     """The same function as PyramidHead, computed in another order, which takes half as many
     operations.
 
-    PyramidHead convolves a stack of x and the levels. That is a sum of convolutions, one of x and
-    one of each level, each with its part of the weights. Take one level. In each channel i it has
-    k x k cells, p[i, m, n]. PyramidHead does two things with them.
+    PyramidHead convolves a stack of x and the levels. That is a sum of convolutions: one of x and
+    one of each level, each with its part of the weights. x is half of the stack. For x nothing
+    changes here. The other half costs nearly nothing.
+
+    Take one level. In each channel i it has k x k cells, p[i, m, n]. PyramidHead does two things
+    with them.
 
     First it stretches them to h x w. Row r and column c then have, with the interpolation matrices
     R (h, k) and S (w, k), the value
@@ -320,9 +322,10 @@ class FastPyramidHead(PyramidHead):
 
         y[o, r, c] = sum over i, u, v, m, n of  W[o, i, u, v] R[r+u-1, m] S[c+v-1, n] p[i, m, n].
 
-    Such a sum of products may be computed in any order. PyramidHead multiplies p, R and S first,
-    and W last, at all h x w positions (64 x 128 for a crop of 512x1024). Here W and p come first,
-    on k x k cells (at most 36). Then R stretches the rows, and S the columns."""
+    Both are linear. So this is a sum of products, which may be computed in any order. PyramidHead
+    multiplies p, R and S first, and W last, at all h x w positions (64 x 128 for a crop of
+    512x1024). Here W and p come first, on k x k cells (at most 36). Then R stretches the rows, and
+    S the columns."""
 
     def forward(self, x):
         _, in_channels, h, w = x.shape
@@ -355,8 +358,9 @@ class FastPyramidHead(PyramidHead):
         if not self.bins:
             return []
         h, w = x.shape[2:]
-        # The Kronecker product has a row for each region. Row a * k + b averages over that in row a
-        # and column b of the grid: it multiplies the weights of its rows and of its columns.
+        # The Kronecker product has a row for each region. Row a * k + b belongs to the region in
+        # row a and column b of the grid. In it each position of x has a weight: the product of the
+        # weights that the two averaging matrices give to its row and to its column.
         matrices = [torch.kron(averaging_matrix(h, k, x), averaging_matrix(w, k, x))
                     for k in self.bins]
         matrix = torch.cat(matrices).to(x.dtype)  # (1 + 4 + 9 + 36, h w)
@@ -452,8 +456,8 @@ def load_net(path):
         check_settings(str(meta.get("cfg", meta.get("config"))))
         arguments = checkpoint.get("model") or arguments_of(weights)
         net = FastPSPNet(**arguments)
-        # Old files lack batch norm's counters (num_batches_tracked). PyTorch forgives that only if
-        # it does not know the version of the weights, which a plain dictionary does not tell.
+        # Old files lack batch norm's counters (num_batches_tracked). `dict` drops the version that
+        # PyTorch stores beside weights. Without a version it forgives that counters are missing.
         net.load_state_dict(dict(weights))
         dataset_meta = meta.get("dataset_meta", {})
         names = checkpoint.get("classes") or meta.get("CLASSES") or dataset_meta.get("classes")

@@ -10,12 +10,13 @@ is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, whi
 mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON every 10 iterations, and per save, start and validation
+    log.jsonl           a line of JSON at the start, every 10 iterations, and at each validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. The same command with --resume goes on from last.pt. It sees the
-samples that the run in one go would have seen. It has the same dropout, if the number of processes
-is the same. On a CPU its weights at the end are the same to the last bit.
+A run may be killed at any moment. The same command with --resume goes on from last.pt. The run then
+sees the same samples, and has the same dropout, as if it had not been killed. On a CPU even its
+weights are the same at the end, to the last bit. (Dropout also depends on the number of processes.
+After a kill log.jsonl has some iterations twice. The later line counts.)
 """
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ def segmentation_loss(logits, labels):
     """Cross entropy: logits (B, C, H, W), labels (B, H, W) of train ids, int64, 255 void -> scalar.
 
     Void pixels add 0 to the sum, but are counted in the mean (mmsegmentation's
-    avg_non_ignore=False). So a batch without labels has loss 0, not 0/0. And the mean of the losses
-    of several processes is the loss of the whole batch, because all divide by the same number."""
+    avg_non_ignore=False). This has two reasons. A batch without labels has loss 0, not 0/0. And the
+    mean of the losses of several processes is the loss of the whole batch, because each process
+    divides by the same number of pixels."""
     return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
 
 
@@ -55,7 +57,7 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
     optimizer.zero_grad()
     scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would become 0
     scaler.step(optimizer)  # fp16: divides the gradients again; skips the step if one is infinite
-    scaler.update()  # fp16: makes the factor smaller, if that has happened
+    scaler.update()  # fp16: chooses the next factor, a smaller one if the step was skipped
     return loss.detach()
 
 
@@ -66,8 +68,9 @@ def main(argv=None):
     args = parse_args(device, world, argv)  # the options: python train.py --help
     train_set, val_set = data_sets(args)
 
-    # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
-    # network, which is evaluated and saved. `model` is net wrapped for several processes.
+    # The network. FastPSPNet computes what PSPNet computes, in less time. (You may write PSPNet
+    # here.) `net` is the plain network, which is evaluated and saved. `model` is the same network,
+    # wrapped for several processes.
     torch.manual_seed(args.seed % 2**32)  # A seed of PyTorch has 32 bits on a CPU.
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
@@ -90,11 +93,11 @@ def main(argv=None):
         # averaged over the processes, so that all take the same step.
         model = DistributedDataParallel(net)
 
-    # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out to the
-    # processes like cards. With 8 a batch and two processes, process 0 gets the samples 24, 26, 28
-    # and 30 in iteration 3.
+    # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1. They are dealt out to the
+    # processes like cards: each gets every world-th. With 8 a batch and two processes, process 0
+    # gets the samples 24, 26, 28 and 30 in iteration 3.
     stream = TrainingStream(train_set, args.crop, args.seed)
-    samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
+    samples = range(start * args.batch_size, args.iters * args.batch_size)[rank::world]
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
                         num_workers=args.workers, pin_memory=device.type != "cpu")
     bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
@@ -117,8 +120,10 @@ def main(argv=None):
         step = iteration + 1  # how many iterations are finished
         validating = step % args.val_every == 0 or step == args.iters
         saving = validating or step % args.save_every == 0
-        if saving or step % 10 == 0:  # before each save, because it stops a run that diverges
-            run.log_losses(step, lr, bar)  # their mean since the last time
+        if saving or step % 10 == 0:
+            # Logs the mean of the losses since the last time. Raises an error if it is not finite,
+            # so that a run that diverges ends before it is saved.
+            run.log_losses(step, lr, bar)
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
             net.train()  # validate has left it in eval mode
@@ -327,8 +332,8 @@ class Run:
             warn_of_one_class(labeled, "val")
             if (labeled > 0).sum() > 1 and scores["miou"] > self.best_miou:
                 self.best_miou = scores["miou"]
-                # best.pt before last.pt: a run that is killed after it resumes before this
-                # validation, and comes here again.
+                # best.pt is written before last.pt. If the run is killed between the two, last.pt
+                # is older than this validation. Then a resumed run repeats it.
                 self.save(step, "best.pt")
 
     def save(self, step, name):
@@ -344,7 +349,8 @@ class Run:
                       "classes": self.class_names, "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "step": step, "best": self.best_miou,
                       "recipe": self.recipe}
-        content = BytesIO()  # Into a file torch.save would raise RuntimeError for a full disk.
+        # Into a file torch.save would raise RuntimeError, not OSError, when the disk is full.
+        content = BytesIO()
         torch.save(checkpoint, content)
         temporary = self.out / f"{name}.tmp"
         with open(temporary, "wb") as file:
@@ -362,7 +368,8 @@ class Run:
 
 
 if __name__ == "__main__":
-    # The same weights each time, to the last bit, also on a GPU. (PyTorch warns where it can't.)
+    # The same command gives the same weights, to the last bit, also on a GPU. (PyTorch warns where
+    # it can't do that.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time and helps nobody here
