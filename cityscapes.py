@@ -81,7 +81,7 @@ def open_picture(path):
 
 
 def read_picture(path):
-    """An RGB picture. Raises DataError for damaged files and for pixels of more than 8 bits."""
+    """An RGB picture. Raises DataError for damaged files and for other kinds of pixels."""
     picture = open_picture(path)
     if picture.mode.startswith(("I", "F", "LAB")):  # 16 or 32 bits, or another color space
         raise DataError(f"{path} has mode {picture.mode}: store it as RGB, 8 bits a channel")
@@ -102,9 +102,8 @@ def read_label(path):
 
 
 def paths_by_name(folder, ending):
-    """The folder of a split has a folder for each city. In it a file is called by the name of its
-    photograph, followed by `ending`. Returns the dictionary CITY/NAME -> path. (glob leaves hidden
-    files out.)"""
+    """The files folder/CITY/NAME + ending: a dictionary from "CITY/NAME" to the path, for example
+    from "aachen/aachen_000000_000019". (glob leaves hidden files out.)"""
     paths = {}
     for file in glob.glob(f"*/*{ending}", root_dir=folder):
         paths[Path(file).as_posix().removesuffix(ending)] = Path(folder, file)
@@ -203,7 +202,7 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     - the color is brought to YIQ, the color space of analog television. Y is how light a pixel is.
       I and Q are a point in a plane of tints, in which gray is at 0, 0. `saturation` multiplies I
       and Q, and `hue`, in degrees, turns the plane. Then the color is brought back to RGB.
-      (mmsegmentation does this in HSV.)
+      (mmsegmentation does this in HSV, and clips after each change.)
     - `contrast` multiplies R, G and B."""
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos, sin = math.cos(math.radians(hue)), math.sin(math.radians(hue))
@@ -253,11 +252,11 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
 
         box, cropped_label = self.choose_box(label, rng)
-        crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, PADDING)
+        crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, fill=0)
         crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
 
-        # The matrix has changed PADDING as well. Where the box reaches beyond the photograph, paint
-        # PADDING again. For this the same box is cut out of zeros, and filled with 255 outside.
+        # Paint PADDING where the box reaches beyond the photograph. (Here, because the matrix would
+        # have changed it.) To know where that is, cut the same box out of zeros, and fill with 255.
         left, top, right, bottom = box
         if right > picture.width or bottom > picture.height:
             zeros = Image.new("L", picture.size, 0)

@@ -75,10 +75,9 @@ def mean_iou(matrix):
 
 
 def rank_and_world():
-    """For several GPUs the command torchrun starts this program once for each. It tells every
-    process its number, `rank`, and how many there are, `world`, by variables of the environment.
-    Without torchrun, or with one process, they are 0 and 1."""
-    # torchrun sets all three. If one is missing, the others are left over from something else.
+    """torchrun runs several copies of a program, a process for each GPU. `rank` is the number of
+    this process, and `world` is how many there are. Without torchrun they are 0 and 1."""
+    # torchrun sets these variables. If only some are set, another program has left them there.
     torchrun = all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"))
     if not torchrun or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
@@ -91,11 +90,10 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is left in eval mode. Another function predict_image(net, image) -> train ids (H, W) may
-    take the place of `predict`: there is one below the lesson, predict_averaged. A function
-    save(i, image, prediction) is called for each image i, if it is given. If there are several
-    processes, which start_process has connected, each must call `evaluate`, and each gets the whole
-    matrix. Raises DataError, like read_pair."""
+    `net` is left in eval mode. predict_image(net, image) -> train ids (H, W) may be another
+    function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
+    each image i. If there are several processes (start_process, below, connects them), each must
+    call `evaluate`, and each gets the whole matrix. Raises DataError, like read_pair."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
@@ -240,7 +238,7 @@ def start_process():
     rank, world = rank_and_world()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # Of several machines each has some of the processes. LOCAL_RANK numbers those of one.
+        # Of several machines each runs some of the processes. LOCAL_RANK counts on one machine.
         local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
@@ -256,8 +254,8 @@ def start_process():
 
 
 def end_process():
-    """Every process calls this at its end, if all went well, because NCCL wants its group closed.
-    (On CPUs nothing wants that, and closing could wait for a process that has gone already.)"""
+    """Every process calls this when its work is done. On GPUs NCCL warns if the group of processes
+    is not closed. On CPUs closing can hang, if another process has ended already."""
     if dist.is_initialized() and torch.cuda.is_available():
         dist.destroy_process_group()
 
@@ -271,7 +269,7 @@ def compare_processes(**settings):
         dist.all_gather_object(everyones, settings)
     differing = [key for key in settings if any(other[key] != settings[key] for other in everyones)]
     if differing:
-        raise DataError(f"the processes differ in {', '.join(differing)}: give all of them the same")
+        raise DataError(f"the processes differ in {', '.join(differing)}: give them all the same")
 
 
 def share_of_cores(most):
@@ -309,7 +307,7 @@ def parse_args(argv):
 
 def warn_of_one_class(counts, where):
     """Say so where labels show fewer than two classes. counts[c] is their number of pixels of class
-    c. With data of one's own the commonest mistake is a mask of 0 and 255."""
+    c. With data of one's own the commonest mistake is a mask of 0 and 255: class 0 and void."""
     train_ids = [c for c, count in enumerate(counts) if count > 0]
     if len(train_ids) < 2:
         print(f"the labels of {where} show no other class than {train_ids}, and {VOID} is void: a "

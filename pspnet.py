@@ -34,8 +34,8 @@ def shortcut(in_channels, out_channels, stride):
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, width,
-    H/stride, W/stride). Stride and dilation are those of the first convolution. (The docstring of
-    ResNet explains dilation.)"""
+    H/stride, W/stride). Stride and dilation are those of the first convolution. (ResNet, below,
+    says what dilation is for.)"""
 
     expansion = 1  # the number of output channels divided by `width`
 
@@ -83,8 +83,8 @@ class Bottleneck(nn.Module):
 
 
 def stage(block, in_channels, width, depth, stride=1, first_dilation=1, dilation=1):
-    """`depth` blocks in a row, which end with width * expansion channels. Only the first block may
-    have a stride. It has its own dilation. (The docstring of ResNet says why.)"""
+    """`depth` blocks in a row, which end with width * expansion channels. The first block may have
+    a stride, and a dilation that differs from that of the others. (ResNet, below, says why.)"""
     blocks = [block(in_channels, width, stride, first_dilation)]
     for _ in range(depth - 1):
         blocks.append(block(block.expansion * width, width, 1, dilation))
@@ -122,14 +122,17 @@ class ResNet(nn.Module):
     But the weights come from an original ResNet. There a 3x3 convolution has learned to read
     positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
     dilation d reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the
-    map.) The table says for each block how far apart the positions are that its 3x3 convolution
-    reads. The first block of a stage reads the map of the stage before.
+    map.)
 
-                                in the original    here, without dilation    dilation
-        stage 3, first block    8 pixels           8 pixels                  1
-        stage 3, other blocks   16 pixels          8 pixels                  2
-        stage 4, first block    16 pixels          8 pixels                  2
-        stage 4, other blocks   32 pixels          8 pixels                  4
+    The 3x3 convolution of a block      the original reads       neighbors here      so the
+                                        positions at distance    have distance       dilation is
+        stage 3, first block            8 pixels                 8 pixels            1
+        stage 3, other blocks           16                       8                   2
+        stage 4, first block            16                       8                   2
+        stage 4, other blocks           32                       8                   4
+
+    (The first block of a stage reads the map of the stage before. In the original its 3x3
+    convolution has the stride, and so makes the map smaller for the blocks that follow.)
 
     (A BasicBlock has two 3x3 convolutions. Only its first is dilated, as in mmsegmentation. So in
     ResNet-18 the second ones read other distances than the weights have learned.)"""
@@ -184,8 +187,8 @@ class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
     num_classes, h, w). Each number k in `bins` is a level of the pyramid: it divides the map x into
     a grid of k by k regions, and averages the features of each region. So k = 1 averages the whole
-    map. (Where k does not divide h or w, regions beside each other share a row or a column.) With
-    bins=() there is no pyramid."""
+    map. (Where k does not divide h, regions share rows: for h = 64 and k = 6 the rows 0 to 10, 10
+    to 21, and so on.) With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -220,7 +223,7 @@ class AuxiliaryHead(nn.Sequential):
     def __init__(self, in_channels, num_classes):
         super().__init__()
         channels = in_channels // 4
-        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # as in mmsegmentation
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # named convs.0 in files
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
@@ -272,7 +275,7 @@ class PSPNet(nn.Module):
         return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
     def normalize(self, images):
-        """Values of 0..255 -> mean about 0, standard deviation about 1, in the weights' dtype."""
+        """Values of 0..255 -> floats of mean about 0 and standard deviation about 1."""
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
@@ -282,13 +285,15 @@ from pathlib import Path
 
 
 def matrix_of(function, length, like):
-    """The matrix (outputs, length) of a linear function of vectors of this length. Column j of such
-    a matrix is what the function makes of the j-th unit vector: 0, except for a 1 at place j. It is
-    on the device of the tensor `like`, and float32 (or float64, if that is)."""
+    """The matrix (outputs, length) of a linear function. Column j is function(e_j), where e_j is
+    the vector with a 1 at place j and 0 elsewhere. The matrix is on the device of the tensor
+    `like`, and float32 (or float64, if `like` is)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # one in each row
-    rows = function(unit_vectors[None])[0]  # of all at once: as channels of one image, for PyTorch
-    return rows.mT.clone(memory_format=torch.contiguous_format)  # torch.kron needs this order
+    unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # row j is e_j
+    # PyTorch applies such a function to each channel of (B, channels, length). So the unit vectors
+    # are given as the channels of a batch of one.
+    columns_as_rows = function(unit_vectors[None])[0]
+    return columns_as_rows.mT.clone(memory_format=torch.contiguous_format)  # torch.kron wants that
 
 
 def averaging_matrix(length, k, like):
@@ -322,22 +327,23 @@ class FastPyramidHead(PyramidHead):
 
         y[o, r, c] = sum over i, u, v, m, n of  W[o, i, u, v] R[r+u-1, m] S[c+v-1, n] p[i, m, n].
 
-    Both are linear. So this is a sum of products, which may be computed in any order. PyramidHead
-    multiplies p, R and S first, and W last, at all h x w positions (64 x 128 for a crop of
-    512x1024). Here W and p come first, on k x k cells (at most 36). Then R stretches the rows, and
-    S the columns."""
+    There is no ReLU between the two. So this is a sum of products, which may be computed in any
+    order. PyramidHead multiplies p, R and S first, and W last, at all h x w positions (64 x 128 for
+    a crop of 512x1024). Here W and p come first, on k x k cells (at most 36). Then R stretches the
+    rows, and S the columns."""
 
     def forward(self, x):
         _, in_channels, h, w = x.shape
         channels = [in_channels] + [in_channels // 4] * len(self.bins)  # of x and of each level
         weight_of_x, *weights = self.bottleneck.conv.weight.split(channels, dim=1)
         y = F.conv2d(x, weight_of_x, padding=1)
-        levels = zip(self.bins, self.averages(x), self.psp_modules, weights, strict=True)
-        for k, means, (_, conv_bn_relu), W in levels:  # instead of _ we have `averages`
-            p = conv_bn_relu(means)  # [b, i, m, n], where b is the image of the batch
+        means = self.averages(x)
+        for level, k in enumerate(self.bins):
+            # [0] of a module averages, which `averages` has done. [1] is ConvBNReLU.
+            p = self.psp_modules[level][1](means[level])  # [b, i, m, n], b: the image of the batch
             R = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: see shifts
             S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
-            q = torch.einsum("oiuv,bimn->bouvmn", W, p)  # the sum over i
+            q = torch.einsum("oiuv,bimn->bouvmn", weights[level], p)  # the sum over i
             q = torch.einsum("bouvmn,rum->borvn", q, R)  # the sum over u and m: rows
             y = y + torch.einsum("borvn,cvn->borc", q, S)  # the sum over v and n: columns
         y = F.relu(self.bottleneck.bn(y), inplace=True)
@@ -358,9 +364,9 @@ class FastPyramidHead(PyramidHead):
         if not self.bins:
             return []
         h, w = x.shape[2:]
-        # The Kronecker product has a row for each region. Row a * k + b belongs to the region in
-        # row a and column b of the grid. In it each position of x has a weight: the product of the
-        # weights that the two averaging matrices give to its row and to its column.
+        # For each level a matrix with a row for each region and a column for each position of x. An
+        # entry is the weight of the position in the average over the region: the weight of its row
+        # times the weight of its column. torch.kron makes all these products.
         matrices = [torch.kron(averaging_matrix(h, k, x), averaging_matrix(w, k, x))
                     for k in self.bins]
         matrix = torch.cat(matrices).to(x.dtype)  # (1 + 4 + 9 + 36, h w)
@@ -441,7 +447,7 @@ def check_settings(text):
         # A tuple reaches to its bracket, another value to the next comma or bracket.
         pattern = r"\(.*?\)" if value.startswith("(") else r"[^,)]*"
         for other in re.findall(rf"\b{name}=({pattern})", text):
-            if other != value:
+            if not other.startswith(value):  # the next line may follow, as spaces are gone
                 raise ValueError(f"it was trained with {name}={other}, and this has {value}")
 
 
@@ -456,8 +462,8 @@ def load_net(path):
         check_settings(str(meta.get("cfg", meta.get("config"))))
         arguments = checkpoint.get("model") or arguments_of(weights)
         net = FastPSPNet(**arguments)
-        # Old files lack batch norm's counters (num_batches_tracked). `dict` drops the version that
-        # PyTorch stores beside weights. Without a version it forgives that counters are missing.
+        # Old files lack batch norm's counters (num_batches_tracked). PyTorch accepts that if it
+        # does not know the version of the weights. `dict` drops the version, an attribute.
         net.load_state_dict(dict(weights))
         dataset_meta = meta.get("dataset_meta", {})
         names = checkpoint.get("classes") or meta.get("CLASSES") or dataset_meta.get("classes")

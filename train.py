@@ -13,10 +13,10 @@ mIoU on val. README.md lists what differs from that and from the paper. The fold
     log.jsonl           a line of JSON at the start, every 10 iterations, and at each validation
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
-A run may be killed at any moment. The same command with --resume goes on from last.pt. The run then
-sees the same samples, and has the same dropout, as if it had not been killed. On a CPU even its
-weights are the same at the end, to the last bit. (Dropout also depends on the number of processes.
-After a kill log.jsonl has some iterations twice. The later line counts.)
+A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
+same samples and the same dropout, as if it had not been killed. On a CPU the weights at the end are
+then the same to the last bit. (The number of processes must be the same. After a kill log.jsonl has
+some iterations twice. The later line counts.)
 """
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,16 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
 
 def main(argv=None):
     # `device` is the GPU or CPU of this process, `rank` its number, `world` how many there are.
-    # parse_args, data_sets and Run stand below the lesson.
+    # (The default of --precision depends on the device.) parse_args, data_sets and Run stand below
+    # the lesson.
     device, rank, world = start_process()
     args = parse_args(device, world, argv)  # the options: python train.py --help
     train_set, val_set = data_sets(args)
 
-    # The network. FastPSPNet computes what PSPNet computes, in less time. (You may write PSPNet
-    # here.) `net` is the plain network, which is evaluated and saved. `model` is the same network,
-    # wrapped for several processes.
-    torch.manual_seed(args.seed % 2**32)  # A seed of PyTorch has 32 bits on a CPU.
+    # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
+    # network, which is evaluated and saved. `model`, below, is the same network wrapped for several
+    # processes. (--seed may be any number, but manual_seed takes only 64 bits, and uses only 32.)
+    torch.manual_seed(args.seed % 2**32)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -368,8 +369,8 @@ class Run:
 
 
 if __name__ == "__main__":
-    # The same command gives the same weights, to the last bit, also on a GPU. (PyTorch warns where
-    # it can't do that.)
+    # Only operations that give the same result each time. (On a GPU PyTorch has others that are
+    # faster. It warns where it has no such operation.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # takes time and helps nobody here
