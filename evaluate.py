@@ -69,17 +69,17 @@ def intersection_over_union(matrix):
 
 
 def mean_iou(matrix):
-    """The mean of the IoU over the classes that occur. Not a mean over images: the matrix has
-    counted the pixels of all of them."""
+    """The mean of the IoU over the classes that occur, in labels or in predictions. It is not a
+    mean over images: the matrix has counted the pixels of all of them."""
     return intersection_over_union(matrix).nanmean()
 
 
 def rank_and_world():
-    """torchrun runs several copies of a program, a process for each GPU. `rank` is the number of
-    this process, and `world` is how many there are. Without torchrun they are 0 and 1."""
+    """torchrun runs several copies of a program, a process for each GPU. Returns the number of this
+    process, `rank`, and how many there are, `world`. Without torchrun they are 0 and 1."""
     # torchrun sets these variables. If only some are set, another program has left them there.
-    torchrun = all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"))
-    if not torchrun or os.environ["WORLD_SIZE"] == "1":
+    by_torchrun = all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"))
+    if not by_torchrun or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -354,10 +354,9 @@ def photographs(paths):
         if path.is_dir():
             found = sorted(file for file in path.glob("[!.]*") if file.is_file())
         for file in found:
-            if file.name in files:
+            if files.setdefault(file.name, file) != file:
                 raise DataError(f"{files[file.name]} and {file} would both be saved as {file.name}_"
                                 "ids.png: predict them into different folders")
-            files[file.name] = file
     if not files:
         raise DataError(f"there are no files in {', '.join(paths)}")
     predictions = {name + ending for name in files for ending in ENDINGS}

@@ -7,8 +7,9 @@ The task is semantic segmentation: name the class of every pixel of a photograph
 a boat on a river and a car on a street: only the rest of the scene tells which. PSPNet therefore
 has two parts. A ResNet computes features at one eighth of the photograph's resolution. Then a head
 divides this map of features into 1, 2x2, 3x3 and 6x6 regions, and averages the features of each
-region. Every position gets the averages of the regions in which it lies. So it is classified by
-what is there and by what is around it, up to the whole scene.
+region. Every position gets the averages of the regions in which it lies (near a border, a blend
+with the next region). So it is classified by what is there and by what is around it, up to the
+whole scene.
 
 The modules have the names that they have in mmsegmentation 1.2.2, a well-known library, so that its
 files of weights can be loaded. `python pspnet.py` prints the number of parameters and operations.
@@ -23,6 +24,28 @@ from torch import nn
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
+# The ResNet, and what dilation is for -----------------------------------------------------------
+#
+# In the original ResNet (He et al., CVPR 2016) each of the stages 2, 3 and 4 halves the resolution.
+# Positions that are neighbors on the map of stage 2 are 8 pixels of the image apart. On the map of
+# stage 3 they are 16 pixels apart, on that of stage 4 32 pixels. Here stages 3 and 4 keep the
+# resolution of stage 2, because a map of classes needs it. Neighbors stay 8 pixels apart.
+#
+# But the weights come from an original ResNet. There a 3x3 convolution has learned to read
+# positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
+# dilation d reads every d-th position, here 8 * d pixels apart.
+#
+# A stage is a row of blocks. Its first block reads the map of the stage before. (In the original it
+# has a stride, and so makes the map smaller for the blocks that follow.)
+#
+#     The 3x3 convolution of          in the original reads        neighbors are here    so its
+#                                     positions at a distance of   at a distance of      dilation is
+#     stage 3, first block            8 pixels                     8 pixels              1
+#     stage 3, other blocks           16                           8                     2
+#     stage 4, first block            16                           8                     2
+#     stage 4, other blocks           32                           8                     4
+
+
 def shortcut(in_channels, out_channels, stride):
     """nn.Identity where a block keeps the shape, otherwise a 1x1 convolution with batch norm. The
     blocks call it `downsample`, because that is its name in files of weights."""
@@ -33,9 +56,10 @@ def shortcut(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (ResNet-18): (B, in_channels, H, W) -> (B, width,
-    H/stride, W/stride). Stride and dilation are those of the first convolution. (ResNet, below,
-    says what dilation is for.)"""
+    """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels between
+    them. (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
+    the stride and the dilation, as in mmsegmentation. (So the second reads other distances than its
+    weights have learned. ResNet-50 and 101 have no such convolution.)"""
 
     expansion = 1  # the number of output channels divided by `width`
 
@@ -57,8 +81,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut (ResNet-50, 101): (B, in_channels, H, W) ->
-    (B, 4 * width, H/stride, W/stride). The 3x3 carries stride and dilation."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (ResNet-50, 101). `width` is the number of
+    channels between them. (B, in_channels, H, W) -> (B, 4 * width, H/stride, W/stride). The 3x3
+    convolution has the stride and the dilation."""
 
     expansion = 4
 
@@ -84,7 +109,7 @@ class Bottleneck(nn.Module):
 
 def stage(block, in_channels, width, depth, stride=1, first_dilation=1, dilation=1):
     """`depth` blocks in a row, which end with width * expansion channels. The first block may have
-    a stride, and a dilation that differs from that of the others. (ResNet, below, says why.)"""
+    a stride, and a dilation that differs from that of the others (see the table above)."""
     blocks = [block(in_channels, width, stride, first_dilation)]
     for _ in range(depth - 1):
         blocks.append(block(block.expansion * width, width, 1, dilation))
@@ -109,33 +134,10 @@ BACKBONES = {
 
 
 class ResNet(nn.Module):
-    """A ResNet (He et al., CVPR 2016) whose output has an eighth of the image's resolution:
-    normalized images (B, 3, H, W) -> stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8,
-    W/8), where e is the block's expansion, 1 or 4, and H/8 and W/8 are rounded up.
-
-    In the original ResNet each of the stages 2, 3 and 4 (`layer2` to `layer4`) halves the
-    resolution. Positions that are neighbors on the map of stage 2 are 8 pixels of the image apart.
-    On the map of stage 3 they are 16 pixels apart, on that of stage 4 32 pixels. Here stages 3 and
-    4 keep the resolution of stage 2, because a map of classes needs it. Neighbors stay 8 pixels
-    apart.
-
-    But the weights come from an original ResNet. There a 3x3 convolution has learned to read
-    positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
-    dilation d reads every d-th position, here 8 * d pixels apart. (Padding d keeps the size of the
-    map.)
-
-    The 3x3 convolution of a block      the original reads       neighbors here      so the
-                                        positions at distance    have distance       dilation is
-        stage 3, first block            8 pixels                 8 pixels            1
-        stage 3, other blocks           16                       8                   2
-        stage 4, first block            16                       8                   2
-        stage 4, other blocks           32                       8                   4
-
-    (The first block of a stage reads the map of the stage before. In the original its 3x3
-    convolution has the stride, and so makes the map smaller for the blocks that follow.)
-
-    (A BasicBlock has two 3x3 convolutions. Only its first is dilated, as in mmsegmentation. So in
-    ResNet-18 the second ones read other distances than the weights have learned.)"""
+    """A ResNet whose output has an eighth of the image's resolution: normalized images (B, 3, H, W)
+    -> the maps of stage 3 (B, 256 * e, H/8, W/8) and stage 4 (B, 512 * e, H/8, W/8). e is the
+    block's expansion, 1 or 4. H/8 and W/8 are rounded up. In files of weights stages 1 to 4 are
+    called layer1 to layer4. `name` is one of BACKBONES."""
 
     def __init__(self, name):
         super().__init__()
@@ -187,8 +189,8 @@ class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
     num_classes, h, w). Each number k in `bins` is a level of the pyramid: it divides the map x into
     a grid of k by k regions, and averages the features of each region. So k = 1 averages the whole
-    map. (Where k does not divide h, regions share rows: for h = 64 and k = 6 the rows 0 to 10, 10
-    to 21, and so on.) With bins=() there is no pyramid."""
+    map. (Where k does not divide h, regions share rows. For h = 64 and k = 6 the first region has
+    the rows 0 to 10, and the second 10 to 21.) With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -254,7 +256,7 @@ class PSPNet(nn.Module):
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
-        # The initial values are those of mmsegmentation. (Batch norms have theirs already.)
+        # The initial values are those of mmsegmentation. (Those of batch norm stay as they are.)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -446,7 +448,7 @@ def check_settings(text):
     for name, value in SETTINGS.items():
         # A tuple reaches to its bracket, another value to the next comma or bracket.
         pattern = r"\(.*?\)" if value.startswith("(") else r"[^,)]*"
-        for other in re.findall(rf"\b{name}=({pattern})", text):
+        for other in re.findall(rf"\b{name}'?[=:]({pattern})", text):
             if not other.startswith(value):  # the next line may follow, as spaces are gone
                 raise ValueError(f"it was trained with {name}={other}, and this has {value}")
 

@@ -71,7 +71,7 @@ def main(argv=None):
 
     # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
     # network, which is evaluated and saved. `model`, below, is the same network wrapped for several
-    # processes. (--seed may be any number, but manual_seed takes only 64 bits, and uses only 32.)
+    # processes. (--seed may be any number. A seed of PyTorch has 64 bits, of which a CPU uses 32.)
     torch.manual_seed(args.seed % 2**32)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
@@ -83,11 +83,11 @@ def main(argv=None):
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    # A Run knows what is written to the folder --out, and how. `begin` loads weights of ImageNet
-    # into the backbone, or with --resume the latest checkpoint. It returns how many iterations are
+    # A Run knows what is written to the folder --out, and how. It loads weights of ImageNet into
+    # the backbone, or with --resume the latest checkpoint. `start` is how many iterations are
     # finished: 0, or the checkpoint's number.
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
-    start = run.begin()
+    start = run.load_or_resume()
     model = net
     if world > 1:
         # All processes begin with the weights of process 0. In each backward the gradients are
@@ -226,7 +226,8 @@ def load_first_weights(net, args, class_names):
     classifiers, main and auxiliary, stay new. Raises CheckpointError for another network."""
     if args.init:
         other = load_net(args.init)
-        if {**other.arguments, "num_classes": len(class_names)} != net.arguments:
+        same_network = {**other.arguments, "num_classes": len(class_names)} == net.arguments
+        if not same_network:
             raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
         weights, own_weights = other.state_dict(), net.state_dict()
         if other.arguments != net.arguments or other.class_names not in (None, class_names):
@@ -252,7 +253,7 @@ class Run:
         self.best_miou = -1.0
         self.losses = []  # of the iterations that are not logged yet
 
-    def begin(self):
+    def load_or_resume(self):
         """Load first weights or a checkpoint. Returns how many iterations are finished. Raises
         DataError where --out exists already, or where processes got different options."""
         step = 0
@@ -272,7 +273,7 @@ class Run:
                   f"{self.recipe['images']} images to train on, {len(self.val_set)} to validate, "
                   f"iterations {step} to {self.args.iters}", flush=True)
             self.log("start", step, processes=self.world, device=str(self.device), **self.recipe)
-        self.clock = time.perf_counter()  # when the iterations began that are not logged yet
+        self.clock = time.perf_counter()  # The log's `seconds` are counted from here.
         return step
 
     def restore(self, path):
