@@ -90,8 +90,9 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is left in eval mode. predict_image(net, image) -> train ids (H, W) may be another
-    function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
+    `net` is left in eval mode. (It must not be wrapped in DistributedDataParallel, which waits in
+    each forward for all processes: one may have no image left.) predict_image(net, image) -> train
+    ids (H, W) may be another function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
     each image i. If there are several processes (start_process, below, connects them), each must
     call `evaluate`, and each gets the whole matrix. Raises DataError, like read_pair."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image

@@ -7,9 +7,9 @@ The task is semantic segmentation: name the class of every pixel of a photograph
 a boat on a river and a car on a street: only the rest of the scene tells which. PSPNet therefore
 has two parts. A ResNet computes features at one eighth of the photograph's resolution. Then a head
 divides this map of features into 1, 2x2, 3x3 and 6x6 regions, and averages the features of each
-region. Every position gets the averages of the regions in which it lies (near a border, a blend
-with the next region). So it is classified by what is there and by what is around it, up to the
-whole scene.
+region. Every position gets the averages of the regions in which it lies, blended with those of the
+regions beside them. So it is classified by what is there and by what is around it, up to the whole
+scene.
 
 The modules have the names that they have in mmsegmentation 1.2.2, a well-known library, so that its
 files of weights can be loaded. `python pspnet.py` prints the number of parameters and operations.
@@ -157,9 +157,9 @@ class ResNet(nn.Module):
         block, depths, e = variant.block, variant.depths, variant.block.expansion  # e: 1 or 4
         self.layer1 = stage(block, 64, 64, depths[0])
         self.layer2 = stage(block, 64 * e, 128, depths[1], stride=2)
+        # In the original these two have stride=2, and no dilation.
         self.layer3 = stage(block, 128 * e, 256, depths[2], first_dilation=1, dilation=2)
         self.layer4 = stage(block, 256 * e, 512, depths[3], first_dilation=2, dilation=4)
-        # (The original has stride=2 in layer3 and layer4, and dilation 1 everywhere.)
 
     def forward(self, x):
         if self.deep_stem:

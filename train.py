@@ -129,7 +129,7 @@ def main(argv=None):
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
             net.train()  # validate has left it in eval mode
         if saving:
-            run.save(step, "last.pt")
+            run.save(step, "last.pt")  # weights, momentum, scaler, step, best mIoU, recipe
 
 
 # Here the lesson ends. What follows are the options, the data sets, and what a run writes. --------
