@@ -92,9 +92,10 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
 
     `net` is left in eval mode. (It must not be wrapped in DistributedDataParallel, which waits in
     each forward for all processes: one may have no image left.) predict_image(net, image) -> train
-    ids (H, W) may be another function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
-    each image i. If there are several processes (start_process, below, connects them), each must
-    call `evaluate`, and each gets the whole matrix. Raises DataError, like read_pair."""
+    ids (H, W) may be another function than `predict`. If a function `save` is given,
+    save(i, image, prediction) is called for each image i. If there are several processes
+    (start_process, below, connects them), each must call `evaluate`, and each gets the whole
+    matrix. Raises DataError, like read_pair."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
