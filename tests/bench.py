@@ -1,18 +1,23 @@
 """Speed and memory, on a GPU or a CPU; pytest does not collect this.
 
-    python tests/bench.py train              # a training step: ms, images/s, memory on CUDA
-    python tests/bench.py eval               # the prediction of an image of twice the crop
-    python tests/bench.py loader --data DIR  # training samples: ms on one core, images/s of all
-    python tests/bench.py head               # operations and bytes that both heads move, on a CPU
+    python tests/bench.py all --out bench.jsonl    # train, eval, loader and head, in ten minutes
+    python tests/bench.py train                    # a training step
+    python tests/bench.py eval                     # the prediction of an image of twice the crop
+    python tests/bench.py loader --data DIR        # training samples, of drawn files without DIR
+    python tests/bench.py head                     # both heads, forward and backward, in fp32
+    python tests/bench.py heads --other FOLDER     # FastPSPNet here and in FOLDER/pspnet.py
 
-Results are lines of JSON. Where mmsegmentation is installed its network is measured as well (pip
-install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import).
+It prints a summary, and appends lines of JSON to --out. Variants run in turn within a round, and a
+ratio is a median over rounds. On a CPU add --crop 256 512 --batch-size 2. FOLDER is another version
+of this project: git worktree add FOLDER COMMIT. mmsegmentation is measured where it is installed:
+pip install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import.
 """
 import importlib.util
 import json
-import logging
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
@@ -23,59 +28,86 @@ from statistics import median
 from unittest.mock import MagicMock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from toy_cityscapes import draw_cityscapes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TOP = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TOP))
 import pspnet  # noqa: E402
 from cityscapes import Cityscapes, TrainingStream  # noqa: E402
 from evaluate import autocast, predict  # noqa: E402
-from train import segmentation_loss  # noqa: E402
+from train import training_step  # noqa: E402
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# In prediction and in training: those of evaluate.py and of train.py
+LAYOUTS = ("channels_last", "contiguous_format" if DEVICE.type == "cpu" else "channels_last")
+# The network, whether it is deterministic, and whether cuDNN tries its algorithms (benchmark)
+VARIANTS = {"PSPNet": (pspnet.PSPNet, False, True),  # as anyone would run it
+            "FastPSPNet": (pspnet.FastPSPNet, False, True),
+            "FastPSPNet, deterministic": (pspnet.FastPSPNet, True, False)}  # as train.py runs it
 
 
-def emit(**values):
-    print(json.dumps(values), flush=True)
+def report(args, text, **values):
+    """Print a line of the summary, and append the values to --out."""
+    print(text, flush=True)
+    if args.out:
+        with open(args.out, "a") as file:
+            print(json.dumps({**values, "command": args.command, "text": text}), file=file)
 
 
-def our_work(args, training, precision, variant, images, labels):
+def ratios(times, reference):
+    """times[variant] is a list, a time for each round -> the median, over the rounds, of each
+    variant's time divided by that of the reference in the same round."""
+    return {variant: median(a / b for a, b in zip(values, times[reference], strict=True))
+            for variant, values in times.items()}
+
+
+def timed(work, calls=1):
+    """The mean time of some calls, in milliseconds."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    torch.get_device_module(DEVICE).synchronize()
+    return 1000 * (time.perf_counter() - start) / calls
+
+
+def in_turn(works, rounds):
+    """The times of some functions, called in turn. The first round does not count."""
+    times = {name: [] for name in works}
+    for number, name in product(range(rounds + 1), works):
+        ms = timed(works[name])
+        times[name] += [ms] if number > 0 else []
+    return times
+
+
+def report_pair(args, title, times):
+    """Report the times of two functions, and the ratio of the second to the first."""
+    one, two = times
+    ratio = ratios(times, one)[two]
+    report(args, f"{title}: {one} {median(times[one]):.1f} ms, {two} {median(times[two]):.1f} ms, "
+           f"ratio {ratio:.3f}", title=title, ms=times, ratio=ratio)
+
+
+def our_work(net, training, precision, images, labels, layouts=LAYOUTS):
     """A function that does one step of train.py, or one prediction of evaluate.py."""
-    kind = pspnet.PSPNet if variant == "PSPNet" else pspnet.FastPSPNet
-    net = kind(backbone=args.backbone).train(training)
-    net.to(DEVICE, memory_format=torch.channels_last)
-    model = torch.compile(net) if variant == "compiled" else net
+    net.to(DEVICE, memory_format=getattr(torch, layouts[training])).train(training)
     if not training:
-        return partial(predict, model, images[0], precision)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+        return partial(predict, net, images[0], precision)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-
-    def step():
-        with autocast(DEVICE, precision):
-            logits, aux_logits = model(images)
-            loss = segmentation_loss(logits, labels) + 0.4 * segmentation_loss(aux_logits, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    return partial(training_step, net, images, labels, optimizer, scaler, precision)
 
 
-def their_work(args, training, precision, variant, images, labels):
+def their_work(training, precision, images, labels):
     """A function that does one step of mmengine's training loop, or of its test loop."""
     sys.modules.setdefault("mmcv._ext", MagicMock())  # compiled code, which it never calls
     import mmengine
     import mmseg.utils
-    logging.disable(logging.INFO)
     mmseg.utils.register_all_modules()
-    variant = f"{args.backbone.removeprefix('resnet')}b".replace("_v1cb", "")  # say, 50 or 50b
-    name = f"pspnet_r{variant}-d8_4xb2-*k_cityscapes-512x1024.py"
-    files = Path(mmseg.__file__).parent.glob(f".mim/configs/pspnet/{name}")
-    config = mmengine.Config.fromfile(min(files))  # 40k before 80k, which differ in that alone
+    path = ".mim/configs/pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+    config = mmengine.Config.fromfile(Path(mmseg.__file__).parent / path)
     config.model.pretrained = config.model.backbone.init_cfg = None  # no ImageNet weights
     net = mmseg.registry.MODELS.build(config.model)
-    net.init_weights()
     net.to(DEVICE).train(training)
     torch.backends.cudnn.benchmark = True  # as in its default_runtime.py
     net.data_preprocessor.size = size = images.shape[2:]
@@ -90,113 +122,119 @@ def their_work(args, training, precision, variant, images, labels):
     return partial(net.train_step, batch, optimizer)
 
 
-def timed(args, training, precision, variant):
-    """What one setting takes, after three calls that do not count; peak_gib is 0 without CUDA."""
-    batch_size, scale = (args.batch_size, 1) if training else (1, 2)
-    size = [scale * length for length in args.crop]
-    images = torch.randint(256, (batch_size, 3, *size), dtype=torch.uint8, device=DEVICE)
-    labels = torch.randint(19, (batch_size, *size), device=DEVICE)
-    function = their_work if variant == "mmsegmentation" else our_work
-    work = function(args, training, precision, variant, images, labels)
-    for call in range(3 + args.calls):
-        if call == 3:
-            torch.get_device_module(DEVICE).synchronize()
-            start = time.perf_counter()
-        work()
-    torch.get_device_module(DEVICE).synchronize()
-    seconds = (time.perf_counter() - start) / args.calls
-    return {"ms": 1000 * seconds, "images_per_s": batch_size / seconds,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+def batch_of(batch_size, height, width):
+    images = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8, device=DEVICE)
+    return images, torch.randint(19, (batch_size, height, width), device=DEVICE)
+
+
+def measure(args, training, precision, variant):
+    """(milliseconds of a step or prediction, GiB), in a process of its own. 0 GiB without CUDA."""
+    size = args.crop if training else [2 * length for length in args.crop]
+    batch = batch_of(args.batch_size if training else 1, *size)
+    if variant == "mmsegmentation":
+        work = their_work(training, precision, *batch)
+    else:
+        kind, deterministic, torch.backends.cudnn.benchmark = VARIANTS[variant]
+        if deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        work = our_work(kind(), training, precision, *batch)
+    try:
+        timed(work)  # This call is longer.
+    except torch.OutOfMemoryError:
+        return float("nan"), float("nan")
+    calls = max(1, min(args.calls, int(5000 / timed(work))))  # for five seconds at most
+    return timed(work, calls), torch.cuda.max_memory_allocated() / 2**30
 
 
 def bench_net(args, training):
-    """Time the settings in turn, --rounds times, each in a process of its own, so that none leaves
-    the next its memory or compiled code. Last the medians, also of ratios within a round."""
-    references = ["PSPNet"] + ["mmsegmentation"] * bool(importlib.util.find_spec("mmseg"))
-    variants = ["FastPSPNet", *references] + ["compiled"] * args.compile
-    precisions = ["fp32"] if DEVICE.type == "cpu" else ["fp32", "bf16"]
-    times = {setting: [] for setting in product(precisions, variants)}
-    for setting in list(times) * args.rounds:
-        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-            result = pool.submit(timed, args, training, *setting).result()
-        emit(setting=setting, **result)
-        times[setting].append(result["ms"])
-    for (precision, variant), values in times.items():
-        ratios = {f"to {name}": median(a / b for a, b in zip(values, times[precision, name]))
-                  for name in references}
-        emit(setting=(precision, variant), median_ms=median(values), **ratios)
+    """Each measurement is a process of its own, so that it leaves nothing to the next: no memory,
+    no chosen algorithm. Another round begins only if it is likely to end in time."""
+    variants = [*VARIANTS] + ["mmsegmentation"] * bool(importlib.util.find_spec("mmseg"))
+    settings = product(["fp32"] if DEVICE.type == "cpu" else ["bf16", "fp32"], variants)
+    times, gib, seconds = {setting: [] for setting in settings}, {}, 0
+    for number in range(args.rounds):
+        start = time.monotonic()
+        if number > 0 and start + seconds > args.deadline:
+            break
+        for setting in times:
+            with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+                ms, gib[setting] = pool.submit(measure, args, training, *setting).result()
+            times[setting].append(ms)
+        seconds = time.monotonic() - start
+    for precision, variant in times:
+        values = {name: times[precision, name] for name in variants}
+        to = {name: round(ratios(values, name)[variant], 3) for name in variants}
+        ms, memory = values[variant], gib[precision, variant]
+        text = f"{precision} {variant:26}{median(ms):9.1f} ms{memory:7.2f} GiB"
+        text += "".join(f", {to[name]} of {name}" for name in to if "Fast" not in name)
+        report(args, text, precision=precision, variant=variant, ms=ms, gib=memory, ratios=to)
+        if variant == "FastPSPNet, deterministic":
+            report(args, f"{precision} price of determinism: {to['FastPSPNet']} times the time")
 
 
 def bench_loader(args):
-    stream = TrainingStream(Cityscapes(args.data, "train"), args.crop)
-    stream.dataset.names = stream.dataset.names[:100]
-    list(stream.dataset)  # the system has the files in memory now
-    works = {"decoding alone": lambda k: stream.dataset[stream.index(k)],
-             "sample": stream.__getitem__}
-    times = {name: [] for name in works}
-    torch.set_num_threads(1)
-    for k, name in product(range(24), works):
-        start = time.perf_counter()
-        works[name](k)
-        times[name].append(1000 * (time.perf_counter() - start))
-    for name, values in times.items():
-        ratio = median(values) / median(times["decoding alone"])
-        emit(on_one_core=name, median_ms=median(values), to_decoding=ratio)
+    folder = tempfile.TemporaryDirectory()
+    drawn = not Path(args.data, "leftImg8bit/train").is_dir()
+    data = draw_cityscapes(folder.name, {"train": 8}, (1024, 2048)) if drawn else args.data
+    dataset = Cityscapes(data, "train")
+    dataset.names = dataset.names[:24]
+    stream, times = TrainingStream(dataset, args.crop), {"decoding": [], "sample": []}
+    for k in range(24):
+        dataset[stream.index(k)]  # The system has the files in memory now.
+        times["decoding"].append(timed(lambda k=k: dataset[stream.index(k)]))
+        times["sample"].append(timed(lambda k=k: stream[k]))
+    report_pair(args, "on one core" + " (drawn files)" * drawn, times)
     for workers in sorted({1, 2, os.cpu_count()}):
-        order = range((10 * workers + 1) * args.batch_size)
-        batches = iter(DataLoader(stream, args.batch_size, sampler=order, num_workers=workers))
+        batches = iter(DataLoader(stream, 8, sampler=range(80 * workers + 8), num_workers=workers))
         next(batches)  # The workers have started.
-        start = time.perf_counter()
-        images = sum(len(image) for image, _ in batches)
-        emit(workers=workers, images_per_s=images / (time.perf_counter() - start))
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the operations whose outputs have a million values or more, and the bytes of those."""
-    operations = bytes = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if torch.is_tensor(t) and t.numel() >= 10**6]
-        if tensors and not operation.is_view:
-            self.operations += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return result
+        speed = 80_000 * workers / timed(lambda batches=batches: sum(1 for _ in batches))
+        report(args, f"{workers} workers: {speed:.1f} samples/s", workers=workers, per_s=speed)
 
 
 def bench_head(args):
-    channels = 512 * pspnet.BACKBONES[args.backbone][0].expansion
-    x = torch.randn(2, channels, args.crop[0] // 8, args.crop[1] // 8)
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    for kind in (pspnet.FastPyramidHead, pspnet.PyramidHead):
-        head = kind(channels, 19).to(memory_format=torch.channels_last)
-        with Traffic() as forward:
-            logits = head(x)
-        with Traffic() as backward:
-            logits.sum().backward()
-        start = time.perf_counter()
-        for _ in range(args.calls):
-            head(x).sum().backward()
-        emit(head=kind.__name__, ms=1000 * (time.perf_counter() - start) / args.calls,
-             forward_operations=forward.operations, forward_mb=forward.bytes / 1e6,
-             backward_operations=backward.operations, backward_mb=backward.bytes / 1e6)
+    x = torch.randn(2, 2048, args.crop[0] // 8, args.crop[1] // 8, device=DEVICE)
+    heads = [pspnet.PyramidHead(2048, 19).to(DEVICE), pspnet.FastPyramidHead(2048, 19).to(DEVICE)]
+    works = {type(head).__name__: lambda head=head: head(x).sum().backward() for head in heads}
+    report_pair(args, "forward and backward", in_turn(works, args.rounds))
+
+
+def bench_heads(args):
+    spec = importlib.util.spec_from_file_location("other", Path(args.other, "pspnet.py"))
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    for training, size in ((False, (1, 512, 1024)), (True, (2, 256, 512))):
+        batch = batch_of(*size)
+        here = our_work(pspnet.FastPSPNet(), training, "fp32", *batch)
+        there = our_work(other.FastPSPNet(), training, "fp32", *batch, args.layouts)
+        ms = in_turn({"there": there, "here": here}, 8)
+        report_pair(args, "training step" if training else "prediction", ms)
 
 
 if __name__ == "__main__":
-    jobs = {"train": partial(bench_net, training=True), "loader": bench_loader,
-            "eval": partial(bench_net, training=False), "head": bench_head}
+    jobs = {"train": partial(bench_net, training=True), "eval": partial(bench_net, training=False),
+            "loader": bench_loader, "head": bench_head, "heads": bench_heads}
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("commands", choices=jobs, nargs="+")
+    add("commands", choices=["all", *jobs], nargs="+")
+    add("--out", metavar="FILE")
     add("--data", default="data/cityscapes", metavar="DIR")
-    add("--backbone", choices=pspnet.BACKBONES, default="resnet50_v1c")
+    add("--other", metavar="FOLDER")
+    add("--layouts", choices=("contiguous_format", "channels_last"), nargs=2, default=LAYOUTS,
+        metavar=("PREDICTION", "TRAINING"), help="of the version in --other (%(default)s)")
     add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"))
     add("--batch-size", type=int, default=8)
-    add("--rounds", type=int, default=3, help="of train and eval (3)")
+    add("--rounds", type=int, default=3, help="of train and eval, if there is time (3)")
     add("--calls", type=int, default=10, help="steps or predictions timed in a round (10)")
-    add("--compile", action="store_true", help="with torch.compile as well")
     args = parser.parse_args()
-    for command in args.commands:
-        emit(command=command, torch=torch.__version__, cores=os.cpu_count(),
-             device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type)
+    args.command = "machine"
+    commit = subprocess.getoutput(f"git -C '{TOP}' describe --always --dirty")
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    report(args, f"{card}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}",
+           **vars(args), card=card, cores=os.cpu_count(), machine=" ".join(os.uname()),
+           torch=torch.__version__, cuda=torch.version.cuda, commit=commit)
+    for command in [*jobs][:4] if args.commands == ["all"] else args.commands:
+        args.command, args.deadline = command, time.monotonic() + 225  # the other two are short
+        print(f"\n{command}")
         jobs[command](args)

@@ -1,15 +1,17 @@
 """What the pyramid is for: things that look the same, and that the rest of the picture tells apart.
 
-    python tests/context.py runs/context     # 9 trainings: half an hour on a CPU with 2 cores
+    python tests/context.py runs/context          # 9 trainings: half an hour on 2 cores
+    python tests/context.py runs/quick --quick    # 6 smaller ones: MINUTES
 
 In the paper's figure 2 a network without a pyramid takes a boat on a river for a car. Here the left
 end of a picture shows a street or a river, fog hides the middle, and out of the fog at the right
 rise bodies: cars if it is a street, boats if it is a river. Photographs of bodies are drawn without
 asking which, and nothing within 172 pixels of them tells. No further can ResNet-18 and the 3x3
-convolution after it see: without a pyramid the network has to guess.
+convolution after it see: without a pyramid the network has to guess. With --quick the network is a
+ResNet-10, of one block in each stage. It sees 84 pixels at most, and the scenes are smaller.
 
 Cityscapes has no rivers and boats: they are labelled "terrain" and "bicycle", and fog "sky".
-Writes runs/context/data (the scenes), a folder for each training and context.png.
+Writes into the folder its scenes, a folder for each training, and context.png.
 """
 import argparse
 import json
@@ -23,19 +25,23 @@ from toy_cityscapes import (CAR, ROAD, SKY, VEGETATION, Canvas, draw_cityscapes,
                             draw_tree)
 
 from cityscapes import Cityscapes
-from pspnet import load_net
+from pspnet import BACKBONES, BasicBlock, Variant, load_net
 
 WATER, BOAT = 22, 33  # the label ids of terrain and bicycle
-SIZE = 48, 312  # pixels; in the units of Canvas 128 and 832
 PYRAMIDS = {"no pyramid": (), "one average": (1,), "pyramid 1 2 3 6": (1, 2, 3, 6)}
-RECIPE = ("--backbone resnet18 --weights none --crop 48 352 --batch-size 6 --lr 0.05 "
-          "--val-every 1000000")
+RECIPE = "--weights none --batch-size 6 --lr 0.05 --val-every 1000000"
+PROGRAM = "import context, train; train.main()"  # train.py, which then knows resnet10
+# The size of the scenes and of the crops in pixels, the network, iterations, and seeds
+FULL = (48, 312), (48, 352), "resnet18", 300, 3
+QUICK = (32, 184), (32, 208), "resnet10", 200, 2
+BACKBONES["resnet10"] = Variant(BasicBlock, (1, 1, 1, 1), False, "")
 
 
 def draw_context(random, height, width):
     """A photograph (H, W, 3) and its label ids (H, W), uint8, drawn with the numpy generator."""
     canvas, right = Canvas(random, height, width), 128 * width / height
-    end = 206  # of the view at the left: 77 pixels, and the first body is at 251 or further
+    end = 206  # of the view at the left. The first body is at right - 162 or further: at 670 in the
+    # full scenes and 574 in the quick ones, 174 and 92 pixels away.
     canvas.draw(SKY, (205, 210, 215), "rectangle", 0, 128, right, 0)  # fog
     canvas.draw(SKY, (150, 200, 240), "rectangle", 0, 128, end, 0)
     if random.random() < 0.5:
@@ -67,14 +73,15 @@ def draw_context(random, height, width):
     return canvas.finish()
 
 
-def train(out, bins, seed, iters):
+def train(out, bins, seed, kind):
     """Train with this pyramid, or finish what was begun; returns the folder of the results, and the
     last validation, a dictionary."""
+    _, crop, backbone, iters, _ = kind
     folder = out / f"bins_{'_'.join(map(str, bins)) or 'none'}_seed_{seed}"
-    command = [sys.executable, "train.py", "--data", out / "data", "--out", folder,
-               *RECIPE.split(), "--iters", str(iters), "--seed", str(seed),
-               "--bins", *map(str, bins)]
-    subprocess.run([*command, "--resume"], cwd=TOP, check=True)
+    command = [sys.executable, "-c", PROGRAM, "--data", out / "data", "--out", folder,
+               *RECIPE.split(), "--backbone", backbone, "--crop", *map(str, crop),
+               "--iters", str(iters), "--seed", str(seed), "--bins", *map(str, bins)]
+    subprocess.run([*command, "--resume"], cwd=TOP / "tests", check=True)
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return folder, [event for event in events if event["event"] == "validation"][-1]
 
@@ -88,20 +95,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="DIR", type=Path)
-    parser.add_argument("--seeds", type=int, default=3, help="trainings with each pyramid (3)")
-    parser.add_argument("--iters", type=int, default=300, help="iterations of each training (300)")
+    parser.add_argument("--seeds", type=int, help="trainings with each pyramid (3, or quick 2)")
+    parser.add_argument("--quick", action="store_true", help="smaller scenes, a smaller network")
     args = parser.parse_args()
-    out = args.out.resolve()
+    out, kind = args.out.resolve(), QUICK if args.quick else FULL
+    seeds = args.seeds or kind[-1]
 
-    draw_cityscapes(out / "data", {"train": 128, "val": 32}, SIZE, draw_scene=draw_context)
+    draw_cityscapes(out / "data", {"train": 128, "val": 32}, kind[0], draw_scene=draw_context)
     validations, nets = {title: [] for title in PYRAMIDS}, {}
-    for seed in reversed(range(args.seeds)):  # the last, seed 0, is drawn
+    for seed in reversed(range(seeds)):  # the last, seed 0, is drawn
         for title, bins in PYRAMIDS.items():
-            folder, validation = train(out, bins, seed, args.iters)
+            folder, validation = train(out, bins, seed, kind)
             validations[title].append(validation)
             nets[title] = load_net(folder / "best.pt")
 
-    print(f"\nIoU in %, mean (least to most) of {args.seeds} seeds")
+    print(f"\nIoU in %, mean (least to most) of {seeds} seeds")
     print(f"{'':16}{'car':>22}{'boat':>22}{'mIoU':>22}")
     for title, results in validations.items():
         car, boat = ([row["iou"] for result in results for row in result["classes"]

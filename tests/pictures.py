@@ -1,54 +1,110 @@
-"""Draw the first two pictures of the README; tests/context.py draws the third.
+"""Pictures of the README, and what its lecture draws with.
 
-    python tests/pictures.py     # after README's first command
+    python tests/pictures.py     # pyramid.png; after README's first command toy.png as well
+
+tests/reach.py and tests/context.py draw the others.
 """
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from toy_cityscapes import draw_scene
 
 TOP = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TOP))
-from cityscapes import Cityscapes, colored, to_picture, to_tensors  # noqa: E402
+from cityscapes import Cityscapes, colored, to_tensors  # noqa: E402
 from evaluate import predict  # noqa: E402
 from pspnet import load_net  # noqa: E402
+
+FONT = ImageFont.load_default(12)
 
 
 def cells_of(title, scene, nets):
     """(title, picture) of a scene, a pair of pictures, of its truth, and of what each net predicts.
     `nets` is a dictionary by title."""
     cells = [(title, scene[0]), ("truth", colored(scene[1], Cityscapes.classes))]
-    image, _ = to_tensors(scene)
+    image, _ = to_tensors(*scene)
     for name, net in nets.items():
         cells.append((name, colored(predict(net, image), Cityscapes.classes)))
     return cells
 
 
-def save_cells(path, rows, scale=1):
-    """Save rows of (title, picture): each picture `scale` times as large, below its title."""
+def sheet_of(rows, scale=1):
+    """Rows of (title, picture) as one picture: each `scale` times as large, below its title."""
     rows = list(rows)
     width, height = (round(scale * length) for length in rows[0][0][1].size)
-    sheet = Image.new("RGB", (len(rows[0]) * (width + 4) - 4, len(rows) * (height + 16)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    size = max(map(len, rows)) * (width + 6) - 6, len(rows) * (height + 20)
+    sheet = Image.new("RGB", size, "white")
+    smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
     for row, cells in enumerate(rows):
         for column, (title, picture) in enumerate(cells):
-            x, y = column * (width + 4), row * (height + 16)
-            draw.text((x + 4, y + 2), title, fill="black", font=font)
-            picture = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, y + 16))
+            x, y = column * (width + 6), row * (height + 20)
+            ImageDraw.Draw(sheet).text((x + 2, y + 3), title, fill="black", font=FONT)
+            sheet.paste(picture.resize((width, height), smooth), (x, y + 20))
+    return sheet
+
+
+def save_cells(path, rows, scale=1):
+    sheet = sheet_of(rows, scale)
     sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"drew {path}")
 
 
+def averages_of(photograph):
+    """Two rows of (title, picture): the averages of a photograph over k x k regions, and below them
+    what each position gets back."""
+    image = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None].float()
+    rows = []
+    for title, mode in (("averages over", "nearest"), ("handed back:", "bilinear")):
+        rows.append([("photograph", photograph)])
+        for k in (1, 2, 3, 6):
+            averages = F.adaptive_avg_pool2d(image, k)  # (1, 3, k, k)
+            pixels = F.interpolate(averages, image.shape[2:], mode=mode)[0].permute(1, 2, 0)
+            rows[-1].append((f"{title} {k} x {k}", Image.fromarray(pixels.byte().numpy())))
+    return rows
+
+
+def dots_of(**groups):
+    """Lists of points (x, y), by name, as a picture."""
+    picture, corners = Image.new("RGB", (480, 240), "white"), np.array([(44, 216), (466, 10)])
+    draw, every = ImageDraw.Draw(picture), np.concatenate(list(groups.values()))
+    low, high = every.min(axis=0), every.max(axis=0)
+    for corner, (x, y) in zip(corners, (low, high)):
+        draw.text((corner[0] - 10, 224), f"{x:.3g}", fill="black", font=FONT)
+        draw.text((4, corner[1] - 8), f"{y:.3g}", fill="black", font=FONT)
+    for i, (name, points) in enumerate(groups.items()):
+        color = ("#1f77b4", "#d62728", "#2ca02c")[i]
+        draw.text((340, 4 + 16 * i), name, fill=color, font=FONT)
+        for part in (np.array(points) - low) / (high - low):
+            x, y = corners[0] + part * (corners[1] - corners[0])
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+    return picture
+
+
+def table_of(matrix, names, cell=46):
+    """A confusion matrix as a picture: each row, a class of the truth, in percent."""
+    left, top = 100, 50
+    picture = Image.new("RGB", (left + cell * len(names), top + cell * len(names)), "white")
+    draw, percent = ImageDraw.Draw(picture), 100 * matrix / matrix.sum(dim=1, keepdim=True)
+    for i, name in enumerate(names):
+        draw.text((4, top + cell * i + 16), name, fill="black", font=FONT)
+        draw.text((left + cell * i, 6 + 20 * (i % 2)), name, fill="black", font=FONT)
+        for j, value in enumerate(percent[i].tolist()):
+            x, y, light = left + cell * j, top + cell * i, round(255 - 2 * value)
+            color = (light, light, 255) if i == j else (255, light, light)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color)
+            draw.text((x + 14, y + 16), f"{value:.0f}" * (value >= 0.5), fill="black", font=FONT)
+    return picture
+
+
 if __name__ == "__main__":
-    scene, net = Cityscapes(TOP / "data/toy", "val")[0], load_net(TOP / "runs/toy/best.pt")
-    row = cells_of("drawn scene", scene, {"prediction": net})
-    save_cells(TOP / "tests/pictures/toy.png", [row])
-    image, _ = to_tensors(scene)
-    row = [("drawn scene", scene[0])]
-    for k in (1, 2, 3, 6):
-        cells = F.adaptive_avg_pool2d(image.float(), k)
-        averages = F.interpolate(cells[None], image.shape[1:])[0].byte()
-        row.append((f"averages on a {k} x {k} grid", to_picture(averages)))
-    save_cells(TOP / "tests/pictures/pyramid.png", [row], 0.6)
+    photograph, _ = draw_scene(np.random.default_rng([0, 1]), 160, 320)
+    sheet = sheet_of(averages_of(Image.fromarray(photograph)), 0.6)
+    sheet.save(TOP / "tests/pictures/pyramid.png", optimize=True)
+    if (TOP / "runs/toy/best.pt").exists():
+        scene, net = Cityscapes(TOP / "data/toy", "val")[0], load_net(TOP / "runs/toy/best.pt")
+        row = cells_of("drawn scene", scene, {"prediction": net})
+        save_cells(TOP / "tests/pictures/toy.png", [row])

@@ -1,61 +1,36 @@
-"""Scores and protocols against their definitions, and the script itself."""
+"""evaluate.py: scores and protocols against their definitions, and the script as users run it."""
 import json
 import math
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MMSEG, run_differently, run_script
+from conftest import MMSEG, run_differently, run_script, sentence_of
 from fill import fill_state_dict
-from PIL import Image
+from PIL import ExifTags, Image
 from toy_cityscapes import draw_cityscapes
 
 import evaluate
-from cityscapes import CLASSES, Cityscapes, to_picture
-from evaluate import confusion, predict_averaged, scores_of, tile_starts
-from pspnet import PSPNet, load_net
+from cityscapes import CLASSES, VOID, Cityscapes, DataError, to_picture
+from evaluate import confusion_matrix, predict_averaged, scores_of
+from pspnet import CheckpointError, PSPNet, load_net
 
-IDS = np.array([entry.id for entry in CLASSES])  # train id -> label id
+IDS = np.array([entry.id for entry in CLASSES])  # train id -> label id, which ascends
 NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 35, 53), np.uint8))
-PROTOCOL = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [64, 80]}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A ResNet-18 PSPNet whose logits differ from class to class, with the weights of mmseg.pt."""
-    net = PSPNet(backbone="resnet18")
-    net.load_state_dict(fill_state_dict(net.state_dict()))
-    path = tmp_path_factory.mktemp("net") / "r18b.pt"
-    torch.save({"state_dict": net.state_dict()}, path)
+    """A PSPNet of a ResNet-18, with weights that predict many classes."""
+    net, path = PSPNet(backbone="resnet18"), tmp_path_factory.mktemp("net") / "net.pt"
+    torch.save({"state_dict": fill_state_dict(net.state_dict())}, path)
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def runs(beside, toy, checkpoint, tmp_path_factory):
-    """What runs beside the tests of this file, future by name, and the folder it writes to."""
-    folder = tmp_path_factory.mktemp("runs")
-    photos, picture = tmp_path_factory.mktemp("photos"), to_picture(NOISE)
-    picture.save(photos / "rgb.png")
-    picture.resize((33, 90)).save(photos / "photo.JPG")
-    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
-    picture.save(os.fsencode(photos) + b"/stra\xdfe.png", "PNG")
-    (photos / "._rgb.png").write_bytes(b"a Mac's shadow of the file")
-    (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
-    (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
-    torch.save({"state_dict": PSPNet(backbone="resnet18").state_dict()}, folder / "other.pt")
-    command = f"evaluate.py --data {toy} --workers 0 --ckpt {checkpoint}"
-    two = (f"{command} --precision bf16 --scales 0.5 1 --flip --tile 64 80 --save-ids {folder}/ids "
-           f"--save-color {folder}/color --json {folder}/new/scores.json")
-    photographs = (f"{command} --images {photos} {folder}/missing.jpg --save-ids {folder}/photo-ids"
-                   f" --save-color {folder}/photo-color")  # it prints names which pytest could not
-    differing = ["", f"--flip --ckpt {folder}/other.pt"]
-    return SimpleNamespace(
-        folder=folder, two=beside(run_script, two, 2), photographs=beside(run_script, photographs),
-        different=beside(run_differently, command, differing, folder))
 
 
 def pngs(folder, pattern):
@@ -63,49 +38,48 @@ def pngs(folder, pattern):
     return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob(pattern))])
 
 
-@pytest.mark.parametrize("case", MMSEG["metric"])
+def are_largest(train_ids, scores):
+    """Whether the scores (C, H, W) of these classes (H, W) are the largest, but for rounding."""
+    chosen = scores.gather(0, torch.as_tensor(train_ids).long()[None])[0]
+    return (chosen > scores.max(dim=0).values - 1e-3).all()
+
+
+@pytest.mark.parametrize("case", ["plain", "absent"])
 def test_scores_equal_mmsegmentations(case):
     recorded = MMSEG["metric"][case]
     pairs = zip(recorded["labels"], recorded["preds"], strict=True)
-    matrix = sum(confusion(label, prediction, 19) for label, prediction in pairs)[:19]
+    matrix = sum(confusion_matrix(*pair, num_classes=19) for pair in pairs)
     assert torch.equal(matrix, recorded["exact"]["conf"])
     scores = scores_of(matrix, CLASSES)
-    ours = {"mIoU": scores["miou"], "mAcc": scores["mean_accuracy"],
+    ours = {"mIoU": evaluate.mean_iou(matrix).item(), "mAcc": scores["mean_accuracy"],
             "aAcc": scores["pixel_accuracy"], "IoU": [row["iou"] for row in scores["classes"]],
             "Acc": [row["accuracy"] for row in scores["classes"]]}
-    for name, values in ours.items():
-        values = np.array(values, float)  # None becomes NaN
-        assert np.allclose(values, recorded["mmseg"][name], rtol=0, atol=1e-6, equal_nan=True)
+    for name, value in ours.items():
+        value = np.array(value, float)  # None becomes NaN
+        assert np.allclose(value, recorded["mmseg"][name], rtol=0, atol=1e-6, equal_nan=True), name
 
 
-def test_confusion_equals_a_double_loop():
-    label, prediction = NOISE[0], NOISE[1] % 19
-    expected = np.zeros((256, 19), int)
-    for y, x in np.ndindex(35, 53):
-        expected[label[y, x], prediction[y, x]] += 1
-    assert np.array_equal(confusion(label, prediction, 19), expected)
+def test_confusion_matrix_equals_a_loop_over_pixels_where_void_is_not_counted():
+    label = torch.where(NOISE[0] < 50, VOID, NOISE[0] % 19)
+    prediction = torch.where(label == VOID, NOISE[1], NOISE[1] % 19)  # any value where void
+    expected = torch.zeros(19, 19, dtype=torch.int64)
+    for truth, predicted in zip(label.flatten().tolist(), prediction.flatten().tolist()):
+        if truth != VOID:
+            expected[truth, predicted] += 1
+    assert torch.equal(confusion_matrix(label, prediction, 19), expected)
 
 
-def test_two_classes_of_one_name_are_two_rows_and_one_category_is_one():
-    classes = [CLASSES[8], CLASSES[2], CLASSES[8]]
-    scores = scores_of(torch.tensor([[3, 0, 1], [0, 2, 0], [2, 0, 4]]), classes)
-    rows = [(row["name"], row["iou"]) for row in scores["classes"] + scores["categories"]]
-    assert rows == [("vegetation", 3 / 6), ("building", 1), ("vegetation", 4 / 7),
-                    ("nature", 1), ("construction", 1)]
-
-
-@pytest.mark.parametrize(("length", "tile"), [
-    (10, 10), (11, 10), (1024, 713), (2048, 713), (100, 3), (7, 2), (5, 1)])
+@pytest.mark.parametrize(("length", "tile"), [(9, 9), (10, 9), (2048, 713), (100, 3), (5, 1)])
 def test_tiles_cover_every_pixel_and_overlap_by_a_third(length, tile):
-    starts = tile_starts(length, tile)
-    assert set().union(*(range(start, start + tile) for start in starts)) == set(range(length))
-    assert len(set(starts)) == len(starts)
-    assert all(b - a <= math.ceil(tile * 2 / 3) for a, b in zip(starts, starts[1:]))
+    starts = evaluate.tile_starts(length, tile)
+    covered = {pixel for start in starts for pixel in range(start, start + tile)}
+    assert covered == set(range(length))
+    distances = [b - a for a, b in zip(starts, starts[1:])]
+    assert all(0 < distance <= math.ceil(tile * 2 / 3) for distance in distances)
 
 
-@pytest.mark.parametrize(("options", "size"), [
-    ({"flip": True}, (35, 53)), ({"tile": (500, 40)}, (35, 40)),
-    ({"tile": (24, 40), "flip": True}, (24, 40))])
+@pytest.mark.parametrize(("options", "size"), [({"flip": True}, (35, 53)),
+    ({"tile": (500, 40)}, (35, 40)), ({"tile": (24, 40), "flip": True}, (24, 40))])
 def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options, size):
     def net(images):  # its logits are red, green and blue
         assert images.shape[2:] == size
@@ -113,148 +87,189 @@ def test_a_network_that_only_sees_single_pixels_is_reproduced_exactly(options, s
 
     net.arguments = {"num_classes": 3}
     assert torch.equal(predict_averaged(net, NOISE, **options), NOISE.argmax(0))
+    images = NOISE[None].float()
+    assert torch.allclose(evaluate.tiled_probabilities(net, images, size), images.softmax(dim=1))
 
 
-def test_protocols_average_probabilities_as_they_are_defined(checkpoint):
-    """mmsegmentation (SegTTAModel): logits at the scaled size, mirrored back, resized to the image,
-    softmax, mean."""
-    net, total = load_net(checkpoint), 0
-    for scale in (0.5, 1.25):
-        size = (round(35 * scale), round(53 * scale))
+def test_scales_and_flip_average_as_mmsegmentation_does(checkpoint):
+    """Its SegTTAModel: logits at the scaled size, mirrored back, resized, softmax, mean."""
+    net, probabilities = load_net(checkpoint), 0
+    for size in ((18, 26), (44, 66)):  # 0.5 and 1.25 times 35x53
         scaled = F.interpolate(NOISE[None].float(), size, mode="bilinear")
         for axes in ([], [3]):
             logits = net(scaled.flip(axes))[0].flip(axes)
-            total = total + F.interpolate(logits, (35, 53), mode="bilinear").softmax(1)
-    prediction = predict_averaged(net, NOISE, scales=(0.5, 1.25), flip=True)
-    assert torch.equal(prediction, total[0].argmax(0))
+            resized = F.interpolate(logits, (35, 53), mode="bilinear")
+            probabilities = probabilities + resized[0].softmax(0) / 4
+    assert are_largest(predict_averaged(net, NOISE, scales=(0.5, 1.25), flip=True), probabilities)
 
 
-def test_label_values_that_are_no_class_are_an_error(toy):
-    val_set = Cityscapes(toy, "val")
-    val_set.classes = CLASSES[:13]  # and not 13, car
-    with pytest.raises(evaluate.DataError, match="neither one of the 13 classes nor 255"):
-        evaluate.evaluate(torch.nn.Identity(), val_set, "cpu", lambda _, image: image[0] % 13, 0)
+@pytest.mark.parametrize(("value", "precision"), [(math.nan, "fp32"), (1e6, "fp16")])
+def test_values_that_are_not_finite_are_no_prediction(checkpoint, value, precision):
+    net = load_net(checkpoint)
+    net.decode_head.bottleneck.bn.weight.data.fill_(value)
+    for predict in (evaluate.predict, predict_averaged):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            predict(net, NOISE, precision)
 
 
-def test_test_split_is_predicted_for_the_server_but_not_scored(toy, checkpoint, tmp_path, run_here):
-    process = run_here(f"evaluate.py --ckpt {checkpoint} --data {toy} --split test --workers 0 "
-                       f"--save-ids {tmp_path}")
-    assert "mIoU" not in process.stdout
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
-        f"toytown0/toytown0_00000{i}_000019.png" for i in range(2)]
-    images = torch.from_numpy(pngs(toy, "leftImg8bit/test/*/*")).permute(0, 3, 1, 2)
-    logits, _ = load_net(checkpoint)(images)
-    assert (pngs(tmp_path, "*/*") == IDS[logits.argmax(1)]).mean() > 0.999  # sums in other orders
-
-
-def official_iou(truth, prediction, ids):
-    """cityscapesScripts' rule (getIouScoreForLabel, getIouScoreForCategory): hits, over those and
-    misses and false alarms where the truth is of an evaluated class."""
-    true, predicted = np.isin(truth, ids), np.isin(prediction, ids)
-    total = (np.isin(truth, IDS) & (true | predicted)).sum()
-    return (true & predicted).sum() / total if total else None
-
-
-def test_script_scores_by_the_official_rules_what_it_saves(toy, runs):
-    process, folder = runs.two.result(), runs.folder
+@pytest.fixture(scope="module")
+def two(toy, checkpoint, tmp_path_factory):
+    """Two processes score val by a protocol: .folder and .stdout, and .scores of --json."""
+    folder = tmp_path_factory.mktemp("two")
+    process = run_script(
+        f"evaluate.py --data {toy} --ckpt {checkpoint} --workers 1 --save-ids {folder}/ids "
+        f"--save-color {folder}/color --json {folder}/new/scores.json "
+        "--precision bf16 --scales 0.5 1 --flip --tile 64 80", processes=2)
     assert process.returncode == 0, process.stderr
-    truth, image = pngs(toy, "gtFine/val/*/*_labelIds.png"), pngs(toy, "leftImg8bit/val/*/*")
-    ids, color = pngs(folder, "ids/*/*"), pngs(folder, "color/*/*_color.png")
-    result = json.loads((folder / "new/scores.json").read_text())
-    rows = result["classes"] + result["categories"]
-    for row in rows:
+    scores = json.loads((folder / "new/scores.json").read_text())
+    return SimpleNamespace(folder=folder, stdout=process.stdout, scores=scores)
+
+
+def test_two_processes_score_by_the_official_rules_what_they_save(toy, two):
+    """Those of cityscapesScripts (getIouScoreForLabel, getIouScoreForCategory): hits, over those
+    and misses and false alarms where the truth is of an evaluated class."""
+    truth, ids = pngs(toy, "gtFine/val/*/*_labelIds.png"), pngs(two.folder, "ids/*/*_ids.png")
+    ious = []
+    for row in two.scores["classes"] + two.scores["categories"]:
         group = [entry.id for entry in CLASSES if row["name"] in (entry.name, entry.category)]
-        assert row["iou"] == pytest.approx(official_iou(truth, ids, group), abs=1e-12)
-    assert len(rows) == 19 + 7
-    assert process.stdout.count(" of 19 classes") == 1 and "n/a" in process.stdout
+        true, predicted = np.isin(truth, group), np.isin(ids, group)
+        total = (np.isin(truth, IDS) & (true | predicted)).sum()
+        ious.append((true & predicted).sum() / total if total else None)
+        assert row["iou"] == pytest.approx(ious[-1], abs=1e-12), row
+    assert len(ious) == 19 + 7
+    mean = np.mean([iou for iou in ious[19:] if iou is not None])
+    assert two.scores["category_miou"] == pytest.approx(mean, abs=1e-12)
+    assert two.stdout.count(f"mIoU {100 * two.scores['miou']:.2f} %") == 1  # one process prints
+    color, overlay = (pngs(two.folder, f"color/*/*_{kind}.png") for kind in ("color", "overlay"))
     assert all((color[ids == entry.id] == entry.color).all() for entry in CLASSES)
-    overlay = pngs(folder, "color/*/*_overlay.png")
-    assert np.abs(overlay.astype(float) - (image / 2 + color / 2)).max() <= 1
+    assert abs(overlay - (pngs(toy, "leftImg8bit/val/*/*") / 2 + color / 2)).max() <= 1
 
 
-def test_two_processes_give_the_scores_of_one_by_the_protocol_that_they_name(toy, checkpoint, runs):
+def test_two_processes_count_what_one_counts_by_the_protocol_that_they_name(toy, checkpoint, two):
+    protocol = {"precision": "bf16", "scales": [0.5, 1.0], "flip": True, "tile": [64, 80]}
     net = load_net(checkpoint).to(memory_format=torch.channels_last)
-    matrix = evaluate.evaluate(net, Cityscapes(toy, "val"), torch.device("cpu"),
-                               lambda net, image: predict_averaged(net, image, **PROTOCOL), 0)
-    runs.two.result()
-    result = json.loads((runs.folder / "new/scores.json").read_text())
-    assert result["protocol"] == PROTOCOL and result["confusion_matrix"] == matrix.tolist()
-    assert result | scores_of(matrix, CLASSES) == result
+    matrix = evaluate.evaluate(net, Cityscapes(toy, "val"), torch.device("cpu"), workers=0,
+                               predict_image=lambda *pair: predict_averaged(*pair, **protocol))
+    expected = {"images": 5, "protocol": protocol, "confusion_matrix": matrix.tolist()}
+    assert two.scores == two.scores | expected | scores_of(matrix, CLASSES)
 
 
-def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(runs):
-    process, ids = runs.photographs.result(), runs.folder / "photo-ids"
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert "evaluate.py: 3 files could not be read" in process.stderr
+def test_the_test_split_is_predicted_but_not_scored(toy, checkpoint, tmp_path, capsys):
+    evaluate.main(f"--ckpt {checkpoint} --data {toy} --split test --workers 0 "
+                  f"--save-ids {tmp_path}".split())
+    assert "mIoU" not in capsys.readouterr().out
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == [
+        "toytown0/toytown0_000000_000019_ids.png", "toytown0/toytown0_000001_000019_ids.png"]
+    assert len(np.unique(pngs(tmp_path, "*/*"))) > 2  # and not void, as the labels are
+
+
+def test_what_cannot_be_scored_is_told(checkpoint, tmp_path, capsys, monkeypatch):
+    draw_cityscapes(tmp_path, {"val": 1}, (32, 64))
+    label, = tmp_path.glob("gtFine/val/*/*")
+    command = f"--ckpt {checkpoint} --data {tmp_path} --workers 0".split()
+    Image.new("L", (64, 32), 7).save(label)  # all is road
+    evaluate.main(command)
+    assert "a mask of 0 and 255" in capsys.readouterr().err
+    monkeypatch.setattr(Cityscapes, "__len__", lambda dataset: 0)
+    with pytest.raises(DataError, match="nothing to score"):
+        evaluate.main(command)
+
+
+class Named(list):  # as much of a data set as names_of needs
+    name = list.__getitem__
+
+
+def test_names_are_relative_paths_and_no_two_are_one_file(tmp_path):
+    assert evaluate.names_of(Named([Path("town/a"), 7])) == [Path("town/a"), Path("7")]
+    for wrong in (["/a"], [".."], ["../a"], ["a/../../b"], [""], ["."],
+                  ["a", "./a"], [Path("a"), "a"], [7, "7"]):
+        with pytest.raises(DataError, match="must be relative paths without .., and no two the sa"):
+            evaluate.names_of(Named(wrong))
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(DataError, match="would both be saved as a.jpg_ids.png"):
+        evaluate.photographs([str(tmp_path), "elsewhere/a.jpg"])
+
+
+@pytest.mark.parametrize(("num_classes", "names"), [(11, None), (19, ["bicycle"] * 19)])
+def test_a_checkpoint_of_other_classes_is_refused(toy, tmp_path, num_classes, names):
+    net = PSPNet(num_classes, "resnet18")
+    content = {"state_dict": net.state_dict(), "model": net.arguments, "classes": names}
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=f"for {num_classes} classes.*the data set has"):
+        evaluate.main(f"--ckpt {tmp_path}/other.pt --data {toy}".split())
+
+
+def test_photographs_of_a_folder_are_predicted_and_broken_ones_named(checkpoint, tmp_path):
+    photos, picture = tmp_path / "photos", to_picture(NOISE)
+    photos.mkdir()
+    picture.save(photos / "rgb.png", exif=b"no EXIF data")
+    picture.convert("RGBA").save(photos / "alpha.webp", lossless=True)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # The camera was turned: upright it is 33 x 90.
+    picture.resize((90, 33)).save(photos / "turned.JPG", exif=exif)
+    picture.save(photos / os.fsdecode(b"stra\xdfe"), "PNG")  # Latin-1, not UTF-8
+    (photos / "._rgb.png").write_bytes(b"hidden: a Mac's shadow of the file")
+    (photos / "broken.png").write_bytes((photos / "rgb.png").read_bytes()[:500])
+    (photos / os.fsdecode(b"kaputt\xfc.jpg")).write_text("not an image")
+    process = run_script(f"evaluate.py --ckpt {checkpoint} --images {photos} {tmp_path}/missing.jpg"
+                         f" --save-ids {tmp_path}/ids --save-color {tmp_path}/color")
+    assert sentence_of(process) == "evaluate.py: 3 files could not be read"
     assert re.findall(r"cannot decode \S*/(\S+)", process.stderr) == [
         "broken.png", "kaputt\\udcfc.jpg", "missing.jpg"]
-    sizes = {os.fsencode(path.stem): Image.open(path).size for path in ids.iterdir()}
-    assert sizes == {b"rgb.png": (53, 35), b"photo.JPG": (33, 90), b"alpha.webp": (53, 35),
-                     b"stra\xdfe.png": (53, 35)}
-    assert len(list((runs.folder / "photo-color").iterdir())) == 8
-    assert np.array_equal(pngs(ids, "rgb*"), pngs(ids, "alpha*"))
+    assert len(list(tmp_path.glob("color/*"))) == 8
+    ids = {os.fsencode(path.name): np.array(Image.open(path)) for path in tmp_path.glob("ids/*")}
+    assert ids.pop(b"turned.JPG_ids.png").shape == (90, 33)
+    assert sorted(ids) == [b"alpha.webp_ids.png", b"rgb.png_ids.png", b"stra\xdfe_ids.png"]
+    logits, _ = load_net(checkpoint)(NOISE[None])
+    assert all(are_largest(np.searchsorted(IDS, pixels), logits[0]) for pixels in ids.values())
 
 
-def test_values_that_are_not_finite_are_no_prediction(toy, tmp_path, checkpoint, mistake):
-    for value, precision in ((math.nan, "fp32"), (math.inf, "fp32"), (1e6, "fp16")):
-        content = torch.load(checkpoint)
-        content["state_dict"]["decode_head.bottleneck.bn.weight"].fill_(value)
-        torch.save(content, tmp_path / "broken.pt")
-        for pictures in (f"--data {toy}", f"--images {toy}/leftImg8bit/val/toytown0"):
-            mistake(f"evaluate.py --ckpt {tmp_path}/broken.pt --precision {precision} --workers 0 "
-                    f"{pictures} --save-ids {tmp_path}/ids", "not finite")
-    assert not (tmp_path / "ids").exists()
+def test_results_of_an_earlier_call_are_not_predicted_again(checkpoint, tmp_path):
+    to_picture(NOISE).save(tmp_path / "a.png")
+    to_picture(NOISE).save(tmp_path / "autumn_color.png")  # no result, only called like one
+    for _ in range(2):
+        evaluate.main(f"--ckpt {checkpoint} --images {tmp_path} --save-ids {tmp_path} "
+                      f"--save-color {tmp_path}".split())
+        assert sorted(path.name for path in tmp_path.glob("*_overlay.png")) == [
+            "a.png_overlay.png", "autumn_color.png_overlay.png"]
 
 
-def test_mistakes_end_with_one_sentence(toy, checkpoint, tmp_path, mistake, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = draw_cityscapes("data/cityscapes", {"val": 1}, (32, 64))  # the default of --data
-    image = next(data.glob("leftImg8bit/val/*/*"))
-    torch.save(torch.load(checkpoint) | {"classes": ["bicycle"] * 19}, "other.pt")
-    torch.save({"state_dict": PSPNet(11, "resnet18").state_dict()}, "eleven.pt")
-    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:100000])
-    command = f"evaluate.py --workers 0 --ckpt {checkpoint}"
-    mistake("evaluate.py", "--ckpt")
-    for arguments, *words in (
-            ("--ckpt cut.pt", "cut.pt", "cannot be read"), ("--ckpt eleven.pt", "11"),
-            ("--ckpt other.pt", "bicycle"), ("--data nowhere", "no images", "--data"),
-            ("--scales -1", "--scales: -1 is not a number from 0.01 on"),
-            ("--scales nan", "nan is not a number"), ("--workers -1", "--workers"),
-            ("--split test", "no labels", "--save-ids"), (f"--images {toy}", "--save-color"),
-            (f"--images {toy} --save-ids x", "no files"),
-            (f"--images {image} {image.parent} --save-ids x", "would both be saved as"),
-            ("--save-ids a --save-color a/b", "--save-color must not"),
-            ("--save-ids cut.pt/ids", "cut.pt/ids"), ("--json cut.pt/scores.json", "cut.pt"),
-            ("--json .", "Is a directory")):
-        mistake(f"{command} {arguments}", *words)
-    Image.new("L", (64, 32)).save(next(data.glob("gtFine/val/*/*")))
-    mistake(command, "nothing to score")
-    image.write_bytes(image.read_bytes()[:200])
-    mistake(f"{command} --workers 1", f"cannot decode {image}")
-
-
-def test_processes_that_were_given_different_things_say_what_differs(runs):
-    process = runs.different.result()
-    assert process.returncode != 0 and 'evaluate.py", line' not in process.stderr
+def test_processes_that_were_given_different_things_say_what_differs(toy, checkpoint, tmp_path):
+    torch.save({"state_dict": PSPNet(backbone="resnet18").state_dict()}, tmp_path / "other.pt")
+    process = run_differently(f"evaluate.py --data {toy} --workers 0 --ckpt {checkpoint}",
+                              ["", f"--flip --ckpt {tmp_path}/other.pt"], tmp_path)
+    assert process.returncode != 0
     assert "evaluate.py: the processes differ in ckpt, flip: " in process.stderr
 
 
+def test_only_the_whole_environment_of_torchrun_makes_several_processes(monkeypatch):
+    torchrun = {"MASTER_ADDR": "localhost", "RANK": "1", "WORLD_SIZE": "4"}
+    monkeypatch.setattr(os, "environ", torchrun)
+    assert evaluate.rank_and_world() == (1, 4)
+    for environment in ({}, dict.fromkeys(torchrun, ""), {"RANK": "1"}, {"WORLD_SIZE": "4"},
+                        {"RANK": "1", "WORLD_SIZE": "4"}, torchrun | {"WORLD_SIZE": "1"}):
+        monkeypatch.setattr(os, "environ", environment)
+        assert evaluate.rank_and_world() == (0, 1)
+
+
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):
-    used, environment = [], {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}
-    monkeypatch.setattr("os.environ", environment)
-    monkeypatch.setattr("torch.cuda", SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 2, set_device=used.append))
-    monkeypatch.setattr("torch.distributed.init_process_group",
-                        lambda device_id, timeout: used.append(device_id))
-    evaluate.start_process()
-    assert used == [torch.device("cuda:1")] * 2
-    environment["LOCAL_RANK"] = "2"
-    with pytest.raises(evaluate.DataError, match="more processes than GPUs.*--nproc_per_node=2"):
+    monkeypatch.setattr(torch, "cuda", Mock(device_count=lambda: 2))
+    monkeypatch.setattr(evaluate, "dist", Mock())
+    monkeypatch.setattr(evaluate, "rank_and_world", lambda: (5, 6))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    gpu = torch.device("cuda", 1)
+    assert evaluate.start_process() == (gpu, 5, 6)
+    torch.cuda.set_device.assert_called_once_with(gpu)
+    assert evaluate.dist.init_process_group.call_args.kwargs["device_id"] == gpu
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DataError, match="more processes than GPUs.*--nproc_per_node=2"):
         evaluate.start_process()
+    monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 1))  # LOCAL_RANK is left over.
+    assert evaluate.start_process() == (torch.device("cuda", 0), 0, 1)
 
 
 def test_processes_share_the_cores(monkeypatch):
-    for cores, processes, workers in ((16, 1, 4), (16, 8, 2), (2, 1, 2), (2, 4, 1)):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for cores, processes, workers in ((16, "", 4), (16, "8", 2), (2, "1", 2), (2, "4", 1)):
+        monkeypatch.setattr(os, "cpu_count", Mock(return_value=cores))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert evaluate.share_of_cores(4) == workers

@@ -1,350 +1,345 @@
-"""Training: formulas, mmsegmentation's steps, the script as it runs, dies, fails and goes on."""
+"""train.py: its formulas, its steps against mmsegmentation's, and whole runs: what they leave, and
+how they are killed, fail and go on. (Reproducible bytes on a GPU: see test_gpu.py.)"""
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, Popen
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import MMSEG, run_differently, words_of
+from conftest import MMSEG, run_script, sentence_of, words_of
 from fill import fill_state_dict, make_input, make_label
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from toy_cityscapes import draw_cityscapes
 
+import evaluate
 import train
-from pspnet import FastPSPNet, PSPNet
-from train import poly_lr, segmentation_loss
+from cityscapes import CLASSES, Cityscapes, DataError, TrainingStream
+from pspnet import CheckpointError, FastPSPNet, PSPNet
+from train import poly_lr, segmentation_loss, training_step
 
-# The smallest run that has everything: a ResNet-18, 8 drawn scenes, 4 crops an iteration.
+# The smallest run that has everything: a ResNet-18, 8 drawn scenes, 4 crops an iteration
 SMALL = "--backbone resnet18 --weights none --crop 40 64 --batch-size 4 --workers 0"
-STEPS = "--iters 3 --val-every 1"
+STEPS = "--iters 3 --val-every 2 --save-every 1"  # saves last.pt, best.pt, last.pt, ..., last.pt
+NAMES = [entry.name for entry in CLASSES]
 
 
 def test_learning_rate_is_mmsegmentations_at_every_recorded_iteration():
-    for step, rate in MMSEG["lr"].items():
-        assert abs(poly_lr(step, 40_000) - rate) < 1e-12
+    for iteration, rate in MMSEG["lr"].items():
+        assert abs(poly_lr(iteration, 40_000) - rate) < 1e-12
     assert poly_lr(0, 1) == 0.01
 
 
 def test_loss_is_the_sum_over_labelled_pixels_over_all_pixels():
     logits = torch.randn(2, 5, 3, 4, dtype=torch.float64)
-    label = torch.randint(0, 5, (2, 3, 4))
-    label[0, 0] = label[1, 2, 3] = 255
-    total = 0.0
-    for b, y, x in (label != 255).nonzero().tolist():
-        total -= logits[b, :, y, x].log_softmax(0)[label[b, y, x]]
-    assert abs(segmentation_loss(logits, label) - total / 24) < 1e-12
+    labels = torch.randint(0, 5, (2, 3, 4))
+    labels[0, 0] = labels[1, 2, 3] = 255
+    total = 0
+    for b, y, x in (labels != 255).nonzero().tolist():
+        total -= logits[b, :, y, x].log_softmax(0)[labels[b, y, x]]
+    assert abs(segmentation_loss(logits, labels) - total / 24) < 1e-12
 
 
-def test_loss_of_void_is_zero_with_zero_gradient_and_told(capsys):
+def test_loss_of_void_is_zero_with_zero_gradient():
     logits = torch.randn(1, 5, 3, 4, requires_grad=True)
     loss = segmentation_loss(logits, torch.full((1, 3, 4), 255))
-    loss.backward()
-    assert train.mean_over_processes(loss) == 0 and not logits.grad.any()
-    assert "the loss is 0: no pixel of these samples is labelled" in capsys.readouterr().err
-
-
-# What a network like this might use of the operations that are nondeterministic on CUDA, by the
-# documentation of torch.use_deterministic_algorithms; the names are those inside torch.
-NONDETERMINISTIC = set(
-    """_adaptive_avg_pool2d_backward upsample_bilinear2d_backward nll_loss2d_forward_summed
-    grid_sampler_2d_backward index_put_ _index_put_impl_ index_add_ scatter_add cumsum""".split())
-
-
-class Operations(TorchDispatchMode):
-    """Notes the names of torch's operations, forward and backward, while it is entered."""
-
-    names = frozenset()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        if name == "nll_loss2d_forward" and args[3] != 0:  # the reduction, of which 0 is none
-            name += "_summed"
-        self.names |= {name}
-        return operation(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("kind", "loss", "count"), [
-    (FastPSPNet, segmentation_loss, 0), (PSPNet, F.cross_entropy, 3)])
-def test_a_training_step_has_no_nondeterministic_operation_the_usual_way_three(kind, loss, count):
-    images = torch.rand(2, 3, 16, 24)
-    label = torch.randint(0, 19, (2, 16, 24))
-    with Operations() as step:
-        sum(loss(logits, label) for logits in kind(backbone="resnet18")(images)).backward()
-    assert len(step.names & NONDETERMINISTIC) == count
+    gradient, = torch.autograd.grad(loss, logits)
+    assert loss == 0 and not gradient.any()
 
 
 @pytest.mark.usefixtures("all_cores")
 def test_steps_of_sgd_equal_mmsegmentations():
     """Three of the 20 that are recorded, in float64: each loss depends on all updates before."""
-    recorded = MMSEG["sgd20"]["r18b-d8", "float64"]
+    recorded = MMSEG["sgd20"]["r18b-d8", "float64"]["loss"][:3]
     net = FastPSPNet(backbone="resnet18")
     net.load_state_dict(fill_state_dict(net.state_dict()))
     net.double().train()
-    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0
     net.normalize = lambda images: images  # the recorded inputs are normalised already
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    for step, expected in enumerate(recorded["loss"][:3]):
-        optimizer.param_groups[0]["lr"] = poly_lr(step, 80_000)
-        logits, aux_logits = net(make_input((2, 3, 128, 256), f"step{step}").double())
-        label = make_label(2, 128, 256, name=f"step{step}")
-        loss = segmentation_loss(logits, label) + 0.4 * segmentation_loss(aux_logits, label)
-        assert abs(loss.item() / expected - 1) < 1e-8, step
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for i, expected in enumerate(recorded):
+        optimizer.param_groups[0]["lr"] = poly_lr(i, 80_000)
+        images = make_input((2, 3, 128, 256), f"step{i}").double()
+        labels = make_label(2, 128, 256, f"step{i}")
+        loss = training_step(net, images, labels, optimizer, scaler)
+        assert abs(loss.item() / expected - 1) < 1e-8, i
 
 
 def test_defaults_are_the_reference_recipe(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    options = vars(train.parse_args(torch.device("cpu"), 1))
+    options = vars(train.parse_args(torch.device("cpu"), world=1, argv=[]))
     recipe = {"backbone": "resnet50_v1c", "bins": [1, 2, 3, 6], "weights": "imagenet", "init": None,
               "crop": [512, 1024], "batch_size": 8, "iters": 40_000, "lr": 0.01, "seed": 0,
-              "precision": "fp32", "compile": False, "coarse": False}
-    assert {name: options[name] for name in recipe} == recipe
+              "precision": "fp32", "coarse": False}
+    assert options == options | recipe
     for has_bf16, precision in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr("torch.cuda.is_bf16_supported", Mock(return_value=has_bf16))
-        assert train.parse_args(torch.device("cuda"), 8).precision == precision  # on eight GPUs
+        assert train.parse_args(torch.device("cuda"), world=8, argv=[]).precision == precision
 
 
-@pytest.mark.parametrize(("batch_size", "processes", "device", "least"), [
-    (4, 3, "cpu", 6), (1, 1, "cuda", 2)])
-def test_batches_that_processes_cannot_share_are_a_mistake(
-        monkeypatch, capsys, batch_size, processes, device, least):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", str(batch_size)])
+@pytest.mark.parametrize(("device", "world", "batch_size"), [
+    ("cpu", 1, 1), ("cpu", 3, 3), ("cpu", 3, 8), ("cuda", 1, 1), ("cuda", 3, 4)])
+def test_batches_that_processes_cannot_share_are_a_mistake(device, world, batch_size):
+    """On a CPU each process needs two images, on GPUs all of them together do."""
     with pytest.raises(SystemExit):
-        train.parse_args(torch.device(device), processes)
-    words = f"must be {least} or more, and a multiple of {processes} (processes)"
-    assert words in capsys.readouterr().err
+        train.parse_args(torch.device(device), world, ["--batch-size", str(batch_size)])
 
 
-def run(toy, out, processes, killed=False):
-    """Run the script; if `killed` until it has saved, then SIGKILL it, or one of two processes."""
-    command = f"train.py --data {toy} --out {out} {SMALL} {STEPS} --resume"
-    process = Popen(words_of(command, processes, restarts=int(killed)), text=True, stdout=PIPE,
-                    stderr=PIPE, env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    if killed:
-        while not (out / "last.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(process.pid if processes == 1 else int(ranks[-1]), signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == (-signal.SIGKILL if killed and processes == 1 else 0), stderr
-    return SimpleNamespace(out=out, stdout=stdout, stderr=stderr)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def runs(beside, toy, tmp_path_factory):
-    """Futures of what runs beside these tests; .whole and .killed by the number of processes."""
+# Whole runs ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """The folders of two runs in one go: [1] by this process, [2] by two processes."""
     folder = tmp_path_factory.mktemp("runs")
-    broken = draw_cityscapes(folder / "broken", {"train": 8, "val": 1}, (40, 64))
-    for path in broken.glob("leftImg8bit/train/*/*"):
-        path.write_bytes(path.read_bytes()[:200])
-    command = f"train.py {SMALL} {STEPS} --workers 1 --data {toy} --out {folder}/run"
-    return SimpleNamespace(
-        whole={n: beside(run, toy, folder / f"whole{n}", n) for n in (1, 2)},
-        killed={n: beside(run, toy, folder / f"killed{n}", n, killed=True) for n in (1, 2)},
-        different=beside(run_differently, command, ["", "--lr 0.02 --seed 1"], folder),
-        error=beside(run_differently, command, [f"--out {broken}/run", f"--data {broken}"], broken))
-
-
-@pytest.fixture
-def reference(runs):
-    """The folder of a run in one go, by one process."""
-    return runs.whole[1].result().out
+    train.main(f"--data {toy} --out {folder}/1 {SMALL} {STEPS}".split())
+    process = run_script(f"train.py --data {toy} --out {folder}/2 {SMALL} {STEPS}", processes=2)
+    assert process.returncode == 0, process.stderr
+    return {1: folder / "1", 2: folder / "2"}
 
 
 @pytest.fixture
 def small(toy, tmp_path):
-    return f"train.py --data {toy} --out {tmp_path}/run {SMALL}"
+    """The options of a run into the folder tmp_path / "run"."""
+    return f"--data {toy} --out {tmp_path}/run {SMALL}"
 
 
-def events(out):
-    """The lines of the log by event and step, but for starts; of two of one step the later."""
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return {(line["event"], line["step"]): line for line in lines if line["event"] != "start"}
-
-
-def contents(out):
-    """The log, and all that is in last.pt and best.pt, with a hash in place of each tensor."""
-    saved = [torch.load(out / "last.pt"), torch.load(out / "best.pt")]
-    return events(out), tree_map_only(torch.Tensor, lambda t: hash(t.numpy().tobytes()), saved)
-
-
-def test_a_run_leaves_checkpoints_log_pictures_and_a_table(runs, toy, tmp_path, run_here):
-    one = runs.whole[1].result()
-    assert sorted(path.name for path in one.out.iterdir()) == [
-        "best.pt", "last.pt", "log.jsonl", "val_000001.png", "val_000002.png", "val_000003.png"]
-    assert "1 x cpu, fp32: 8 images to train on, 5 to validate, iterations 0 to 3" in one.stdout
-    assert one.stdout.count("of 19 classes") == 3
-    assert f"Look at {one.out}/val_000003.png" in one.stdout
-    log = events(one.out)
-    best = max(log["validation", step]["miou"] for step in (1, 2, 3))
-    assert torch.load(one.out / "last.pt")["best"] == best
-    scores = tmp_path / "scores.json"
-    run_here(f"evaluate.py --ckpt {one.out}/best.pt --data {toy} --workers 0 --json {scores}")
-    assert json.loads(scores.read_text())["miou"] == best
-
-
-@pytest.mark.parametrize(("processes", "tolerance"), [(1, 1e-4), (2, 1e-2)])
-def test_the_script_takes_the_steps_of_the_recipe(toy, runs, processes, tolerance):
-    """Three, written out: more would amplify rounding, which differs from processor to processor.
-    So does the batch norm of the 1x1 level where a process has but two images."""
-    out = runs.whole[processes].result().out
-    torch.manual_seed(0)
-    net = FastPSPNet(19, "resnet18").to(memory_format=torch.channels_last).train()
-    weights = dict(net.named_parameters())
-    momenta = [torch.zeros_like(w) for w in weights.values()]
-    stream = train.TrainingStream(train.Cityscapes(toy, "train"), (40, 64), seed=0)
-    for step in range(3):
-        loss = 0  # the mean over the processes
-        for rank in range(processes):
-            samples = [stream[4 * step + i] for i in range(rank, 4, processes)]
-            images, labels = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
-            torch.manual_seed(step * processes + rank)  # the same dropout
-            for logits, factor in zip(net(images), (1, 0.4), strict=True):
-                total = F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="sum")
-                loss += factor * total / labels.numel() / processes
-        assert loss.item() == pytest.approx(events(out)["train", step + 1]["loss"], rel=1e-3)
-        gradients = torch.autograd.grad(loss, weights.values())
-        rate = 0.0001 + 0.0099 * (1 - step / 2) ** 0.9
-        with torch.no_grad():
-            for w, momentum, gradient in zip(weights.values(), momenta, gradients, strict=True):
-                momentum.mul_(0.9).add_(gradient + 0.0005 * w)
-                w.sub_(rate * momentum)
-
-    last = torch.load(out / "last.pt")
-    states = last["optimizer"]["state"].values()
-    # Relative to the largest: the gradient of a bias before a batch norm is 0 but for rounding.
-    largest = max(momentum.norm() for momentum in momenta)
-    for (name, w), momentum, state in zip(weights.items(), momenta, states, strict=True):
-        assert (state["momentum_buffer"] - momentum).norm() <= tolerance * largest, name
-        assert (last["state_dict"][name] - w).norm() <= tolerance / 100 * (largest + w.norm()), name
-
-
-def test_training_learns_and_logs_and_validates_as_often_as_told(tmp_path, small, run_here):
-    run_here(f"{small} --iters 12 --lr 0.02 --val-every 8 --save-every 4")
-    log = events(tmp_path / "run")
-    assert [step for event, step in log if event == "train"] == [4, 8, 10, 12]
-    assert [step for event, step in log if event == "validation"] == [8, 12]
-    assert log["train", 12]["loss"] < 0.95 * log["train", 4]["loss"]
+def logged(out, event):
+    """The lines of the log of this event, by step. Of two of one step the later counts."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["event"] == event}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds processes as Linux does")
-def test_a_run_that_is_killed_and_goes_on_equals_one_in_one_go(runs, small, run_here, processes):
-    """Of one process, it is resumed here; of two, torchrun has restarted it, and it has ended."""
-    out = runs.killed[processes].result().out
-    run_here(f"{small} {STEPS} --out {out} --resume")
-    assert contents(out) == contents(runs.whole[processes].result().out)
+def test_a_run_leaves_checkpoints_log_and_pictures(runs, processes, toy, tmp_path):
+    out = runs[processes]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.pt", "last.pt", "log.jsonl", "val_000002.png", "val_000003.png"]
+    scores = {step: line["miou"] for step, line in logged(out, "validation").items()}
+    best, last = torch.load(out / "best.pt"), torch.load(out / "last.pt")
+    assert best["best"] == last["best"] == max(scores.values())
+    assert best["step"] == max(scores, key=scores.get) and last["step"] == 3
+    evaluate.main(f"--ckpt {out}/best.pt --data {toy} --workers 0 "
+                  f"--json {tmp_path}/scores.json".split())
+    assert json.loads((tmp_path / "scores.json").read_text())["miou"] == best["best"]
 
 
-@pytest.mark.parametrize("room", [1, 2])
-def test_a_disk_that_gets_full_leaves_the_old_checkpoints_and_the_resumed_run_equals_one_in_one_go(
-        small, tmp_path, reference, run_here, mistake, monkeypatch, room):
-    """After one, best.pt, there is no last.pt yet. os.fsync tells of a full disk at the latest."""
+@pytest.mark.parametrize(("processes", "tolerance"), [(1, 1e-4), (2, 1e-2)])
+def test_the_script_takes_the_steps_of_the_recipe(runs, processes, tolerance, toy):
+    """(Two images in a process: batch norm of the 1x1 level makes rounding larger.)"""
+    torch.manual_seed(0)
+    net = FastPSPNet(backbone="resnet18").train()
+    first, momenta = [weight.detach().clone() for weight in net.parameters()], {}
+    stream = TrainingStream(Cityscapes(toy, "train"), (40, 64), seed=0)
+    log, last = logged(runs[processes], "train"), torch.load(runs[processes] / "last.pt")
+    for i in range(3):
+        mean_loss = 0
+        for rank in range(processes):
+            samples = [stream[4 * i + k] for k in range(rank, 4, processes)]
+            images, labels = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+            torch.manual_seed(i * processes + rank)  # the same dropout
+            losses = [segmentation_loss(logits, labels.long()) for logits in net(images)]
+            loss = (losses[0] + 0.4 * losses[1]) / processes
+            loss.backward()  # adds up the gradients
+            mean_loss += loss.item()
+        assert abs(log[i + 1]["loss"] - mean_loss) < 1e-3
+        with torch.no_grad():
+            for name, weight in net.named_parameters():
+                momenta[name] = 0.9 * momenta.get(name, 0) + weight.grad + 0.0005 * weight
+                weight -= (0.0001 + 0.0099 * (1 - i / 2) ** 0.9) * momenta[name]
+        net.zero_grad()
+
+    largest = max(momentum.norm() for momentum in momenta.values())  # Some are only rounding.
+    states = last["optimizer"]["state"].values()
+    for (name, weight), old, state in zip(net.named_parameters(), first, states, strict=True):
+        error = (state["momentum_buffer"] - momenta[name]).norm()
+        assert error <= tolerance * (momenta[name].norm() + largest / 100), name
+        error = (last["state_dict"][name] - weight).norm()
+        assert error <= tolerance * (weight - old).norm() + 1e-6 * (weight.norm() + 1), name
+
+
+def test_training_learns_and_logs_mean_losses(small, tmp_path, monkeypatch, capsys):
+    """A line every 10 iterations and at each checkpoint, of the iterations since the last line."""
+    losses = []
+
+    def noting(*args):
+        losses.append(training_step(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(train, "training_step", noting)
+    options = f"{small} --iters 12 --lr 0.02 --val-every 8 --save-every 4"
+    monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
+    start = time.perf_counter()
+    train.main()
+    seconds = time.perf_counter() - start
+    log, validations = logged(tmp_path / "run", "train"), logged(tmp_path / "run", "validation")
+    assert list(log) == [4, 8, 10, 12] and list(validations) == [8, 12]
+    for begin, end in ((0, 4), (4, 8), (8, 10), (10, 12)):
+        assert log[end]["loss"] == pytest.approx(torch.stack(losses[begin:end]).mean().item())
+        assert log[end]["lr"] == pytest.approx(0.0002 + 0.0198 * (1 - (end - 1) / 11) ** 0.9)
+        assert log[end]["seconds"] > 0
+        seconds -= (end - begin) * log[end]["seconds"]
+    assert seconds > 0  # which went into validation and checkpoints
+    assert validations[8]["gib"] == 0  # on a CPU
+    assert capsys.readouterr().out.count(" of 19 classes") == 2  # tables
+    assert sum(losses[8:]) < 0.95 * sum(losses[:4])
+
+
+def check_equal(out, other):
+    """Two runs saved the same bytes, and logged the same losses and scores."""
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = torch.load(out / name), torch.load(other / name)
+        for part in ("state_dict", "optimizer"):
+            torch.testing.assert_close(ours.pop(part), theirs.pop(part), rtol=0, atol=0)
+        assert ours == theirs
+    for event in ("train", "validation"):
+        theirs = logged(other, event)
+        for step, line in logged(out, event).items():
+            assert line | {"seconds": 0} == theirs.pop(step) | {"seconds": 0}
+        assert not theirs
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_equals_one_in_one_go(runs, small, tmp_path, monkeypatch, processes):
+    """Of two processes one is killed, and torchrun starts both again, as README.md says."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    words, program = words_of(f"train.py {small} {STEPS} --resume"), tmp_path / "one_process.py"
+    number = f"'{tmp_path}/' + os.environ.get('RANK', '0')"  # a file for the process's number
+    program.write_text(f"import os\nopen({number}, 'w').write(str(os.getpid()))\n"
+                       f"os.execv('{words[0]}', {words})\n")
+    words = words_of(str(program), processes, restarts=1)
+    process, out = Popen(words, stdout=DEVNULL, stderr=DEVNULL), tmp_path / "run"
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(int((tmp_path / str(processes - 1)).read_text()), signal.SIGKILL)
+    assert process.wait(timeout=600) == (-signal.SIGKILL if processes == 1 else 0)
+    if processes == 1:
+        train.main(f"{small} {STEPS} --resume".split())
+    assert len(logged(out, "start")) == 2  # at step 0, and at a checkpoint
+    check_equal(out, runs[processes])
+
+
+def test_a_full_disk_leaves_checkpoints_to_go_on_from(runs, small, tmp_path, monkeypatch):
+    """There is no room for the last.pt of step 2. os.fsync says so at the latest."""
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", Mock(side_effect=[None] * room + [OSError("No space left")]))
-        mistake(f"{small} {STEPS}", "No space left")
-    assert [torch.load(path)["step"] for path in tmp_path.glob("run/*.pt")] == [1] * room
-    run_here(f"{small} {STEPS} --resume")
-    assert contents(tmp_path / "run") == contents(reference)
+        patch.setattr(os, "fsync", Mock(side_effect=[None, None, OSError("No space left")]))
+        with pytest.raises(OSError, match="No space left"):
+            train.main(f"{small} {STEPS}".split())
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert torch.load(out / "last.pt")["step"] == 1 and torch.load(out / "best.pt")["step"] == 2
+    shutil.copytree(out, other)
+    (other / "last.pt").unlink()
+    for folder in (out, other):
+        train.main(f"{small} {STEPS} --out {folder} --resume".split())
+        check_equal(folder, runs[1])
 
 
-def test_an_error_of_one_process_ends_all_of_them_and_names_the_file(runs):
-    process = runs.error.result()  # It comes when no process holds the output any more.
-    assert process.returncode != 0
-    assert re.search("train.py: .*cannot decode .*/broken/leftImg8bit/train/", process.stderr)
+def test_an_error_in_a_worker_ends_all_processes_and_names_the_file(tmp_path):
+    """One photograph of 8 is damaged, which one of two processes reads first."""
+    data = draw_cityscapes(tmp_path / "data", {"train": 8, "val": 1}, (40, 64))
+    damaged = sorted(data.glob("leftImg8bit/train/*/*"))[7]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    process = run_script(f"train.py --data {data} --out {tmp_path}/run {SMALL} --workers 1", 2)
+    message = f"train.py: cityscapes.DataError: cannot decode {damaged}"
+    assert process.returncode != 0 and message in process.stderr
 
 
-def test_processes_that_were_given_different_options_refuse_to_train_together(runs):
-    process = runs.different.result()
-    assert process.returncode != 0
-    assert "train.py: the processes differ in lr, seed: " in process.stderr
+def test_processes_with_different_options_refuse_to_train(small, tmp_path, monkeypatch):
+    """In place of torch.distributed. (test_evaluate.py compares two processes.)"""
+    def gather(everyones, settings):
+        everyones[:] = settings, settings | {"lr": 0.02, "seed": 1, "step": 500}
+
+    monkeypatch.setattr(evaluate, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
+    with pytest.raises(DataError, match="the processes differ in step, lr, seed: "):
+        train.main(small.split())
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ("--iters 4 --lr 1e+30", "the loss is nan"),
-    ("--iters 8 --lr 1e5 --save-every 1", "weights are not finite")])  # losses still are
-def test_a_run_that_diverges_says_what_to_do_and_saves_only_finite_weights(
-        small, tmp_path, mistake, options, words):
-    mistake(f"{small} {options}", words, "lower --lr")
-    for path in tmp_path.glob("run/*.pt"):
-        weights = torch.load(path)["state_dict"].values()
-        assert all(value.isfinite().all() for value in weights)
+def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path, monkeypatch):
+    with pytest.raises(FloatingPointError, match="the loss is (nan|inf).*lower --lr"):
+        train.main(f"{small} --iters 4 --lr 1e30".split())
+    assert not list(tmp_path.glob("run/*.pt"))
+    monkeypatch.setattr(train, "poly_lr", lambda iteration, *_: [0.01, math.inf][iteration])
+    with pytest.raises(FloatingPointError, match="weights are not finite.*lower --lr"):
+        train.main(f"{small} --out {tmp_path}/other --save-every 1".split())
+    assert torch.load(tmp_path / "other/last.pt")["step"] == 1
 
 
 @pytest.mark.parametrize(("precision", "scale", "bins"), [
     ("bf16", None, []), ("fp16", 8.0, [1, 2, 4, 8])])
-def test_coarse_labels_half_precision_and_other_pyramids_are_trained_resumed_and_scored(
-        small, tmp_path, run_here, precision, scale, bins):
-    root = draw_cityscapes(tmp_path / "data", {"train": 4, "val": 1, "train_extra": 3}, (16, 32))
-    command = (f"{small} --data {root} --crop 16 16 --batch-size 2 --iters 2 --coarse "
-               f"--precision {precision} --bins {' '.join(map(str, bins))}")
-    run_here(command)
+def test_coarse_labels_half_precision_and_other_bins_resume(tmp_path, precision, scale, bins):
+    draw_cityscapes(tmp_path, {"train": 4, "val": 1, "train_extra": 3}, (16, 32))
+    options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --iters 2"
+    command = f"--data {tmp_path} --out {tmp_path}/run {SMALL} --crop 8 8 --batch-size 2 {options}"
+    train.main(command.split())
     best, last = tmp_path / "run/best.pt", tmp_path / "run/last.pt"
     content, checkpoint = best.read_bytes(), torch.load(last)
     assert checkpoint["recipe"]["images"] == 7 and checkpoint["model"]["bins"] == bins
     checkpoint["scaler"]["scale"] = 8.0
     torch.save(checkpoint | {"step": 1, "best": 1.0}, last)
-    run_here(f"{command} --resume")
-    # The scale of the gradients is the checkpoint's, and what is no better no new best.pt.
+    train.main(f"{command} --resume".split())
+    # The scale of the gradients is the checkpoint's, and what is no better is no new best.pt.
     assert torch.load(last)["scaler"].get("scale") == scale
     assert best.read_bytes() == content
-    run_here(f"evaluate.py --ckpt {best} --data {root} --workers 0")
+    evaluate.main(f"--ckpt {best} --data {tmp_path} --workers 0".split())
 
 
-def test_init_takes_all_weights_but_the_classifiers_of_other_classes(tmp_path, capsys):
-    names = [entry.name for entry in train.Cityscapes.classes]
-    args = SimpleNamespace(weights="none", init=tmp_path / "other.pt")
-    for num_classes, classes, same in ((19, names, True), (19, None, True), (7, None, False),
-                                       (19, names[::-1], False)):
-        net = PSPNet(19, "resnet18")
-        other = PSPNet(num_classes, "resnet18")
-        theirs = {name: value + 1 for name, value in other.state_dict().items()}
-        torch.save({"state_dict": theirs, "model": other.arguments, "classes": classes}, args.init)
-        train.load_first_weights(net, args, names)
-        for name, value in net.state_dict().items():
-            assert torch.equal(value, theirs[name]) == (same or ".conv_seg." not in name), name
-        assert ("other classes" in capsys.readouterr().out) != same
-    with pytest.raises(train.CheckpointError, match="resnet18.*'bins': .1, 2, 3, 6."):
-        train.load_first_weights(PSPNet(19, "resnet18", [1, 2, 4, 8]), args, names)
+@pytest.mark.parametrize(("num_classes", "names", "same"), [
+    (19, NAMES, True), (19, None, True), (19, NAMES[::-1], False), (7, None, False)])
+def test_init_takes_all_but_classifiers_of_other_classes(tmp_path, num_classes, names, same):
+    net, other = PSPNet(19, "resnet18"), PSPNet(num_classes, "resnet18")
+    theirs = {name: value + 1 for name, value in other.state_dict().items()}
+    args = SimpleNamespace(init=tmp_path / "other.pt")
+    torch.save({"state_dict": theirs, "model": other.arguments, "classes": names}, args.init)
+    train.load_first_weights(net, args, NAMES)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, theirs[name]) == (same or ".conv_seg." not in name), name
 
 
-def test_mistakes_end_with_one_sentence(small, tmp_path, reference, mistake):
-    for options, *words in (
-            (f"--data {tmp_path}/nowhere", "no images", "--data"),
-            ("--bins 0", "--bins: 0 is not a number from 1 on"),
-            ("--seed -1", "--seed"),
-            (f"--seed {2**70} --weights {tmp_path}/none.pth", "No such file", "none.pth"),
-            ("--lr nan", "--lr"),
-            ("--backbone vgg", "--backbone", "resnet50_v1c"),
-            (f"--init {tmp_path}/none.pt", "No such file", "none.pt"),
-            (f"--out {reference}/last.pt/run", f"{reference}/last.pt"),
-            (f"--out {reference}", "exists already", "--resume"),
-            (f"--out {reference} --iters 3 --lr 0.02 --resume", "lr was 0.01 and is 0.02")):
-        mistake(f"{small} {options}", *words)
-        assert not (tmp_path / "run").exists()
+def test_init_refuses_another_network(small, tmp_path):
+    net = PSPNet(19, "resnet18", bins=[1, 2])
+    torch.save({"state_dict": net.state_dict(), "model": net.arguments}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="is another network.*'bins': .1, 2.}"):
+        train.main(f"{small} --init {tmp_path}/other.pt".split())
 
 
-def test_a_checkpoint_that_cannot_be_resumed_from_is_refused(small, tmp_path, reference, mistake):
-    last, whole = tmp_path / "last.pt", torch.load(reference / "last.pt")
-    newer = whole["recipe"] | {"momentum": 0.95}  # of a program that has this option
-    for content, words in (
-            ([1], f"{last} holds no dictionary of weights"),
-            ({"state_dict": whole["state_dict"]}, f"the recipe of {last} was another"),
-            (whole | {"recipe": newer}, "momentum was 0.95 and is None")):
-        torch.save(content, last)
-        mistake(f"{small} {STEPS} --out {tmp_path} --resume", words)
+def test_a_folder_that_exists_is_left_alone(runs, small):
+    sentence = sentence_of(run_script(f"train.py {small} --out {runs[1]}"))
+    assert sentence.startswith(f"train.py: {runs[1]} exists already: type --resume to go on with ")
+    assert torch.load(runs[1] / "last.pt")["step"] == 3
+
+
+def test_resume_refuses_another_recipe_and_damaged_checkpoints(runs, small, tmp_path):
+    last = shutil.copytree(runs[1], tmp_path / "run") / "last.pt"
+    with pytest.raises(CheckpointError, match="last.pt was another .lr was 0.01 and is 0.02;"):
+        train.main(f"{small} {STEPS} --lr 0.02 --seed 1 --resume".split())
     last.write_bytes(last.read_bytes()[:10**6])
-    mistake(f"{small} {STEPS} --out {tmp_path} --resume", f"{last} cannot be read")
+    with pytest.raises(CheckpointError, match="last.pt cannot be read"):
+        train.main(f"{small} {STEPS} --resume".split())
+
+
+class Masks(Cityscapes):
+    def __getitem__(self, i):
+        picture, label = super().__getitem__(i)
+        return picture, label.point([0] + [255] * 255)  # road is 0, all else 255, void
+
+
+def test_masks_of_0_and_255_are_told_and_never_the_best(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Cityscapes", Masks)
+    train.main(f"{small} --iters 1".split())
+    told = re.findall("the labels of (.*) show no .*a mask of 0 and 255", capsys.readouterr().err)
+    assert told == ["six images of train", "six images of val", "val"]
+    assert [path.name for path in tmp_path.glob("run/*.pt")] == ["last.pt"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_split_is_a_mistake(small, monkeypatch, split):
+    monkeypatch.setattr(Cityscapes, "__len__", lambda dataset: int(dataset.split != split))
+    with pytest.raises(DataError, match=f"the data set has no images in {split}"):
+        train.main(small.split())

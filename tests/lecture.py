@@ -1,0 +1,409 @@
+"""Write tests/lecture.ipynb, the lessons of the four files as a notebook. Functions and classes are
+cut out of the files, so that the notebook and the files never differ.
+
+    python tests/lecture.py          # writes it
+    python tests/lecture.py --run    # also runs its cells here; pictures go to runs/lecture
+"""
+import ast
+import json
+import os
+import re
+import symtable
+import sys
+from pathlib import Path
+
+# A sentence: what the README's toy reaches, and how far seeds are apart.
+TOY_SEEDS = "(Here comes what the README's toy reaches with five seeds.)"
+TOP = Path(__file__).resolve().parents[1]
+NOTEBOOK, LESSONS = TOP / "tests/lecture.ipynb", ("pspnet", "cityscapes", "evaluate", "train")
+
+# Each: what is cut out, "file: names"; the text before it, in which <file> becomes the docstring of
+# a file; the cell behind it, to see something.
+LECTURE = [("", """# PSPNet: a lecture of an hour
+These are the lessons of the four files, cell by cell. (`tests/lecture.py` has cut them out.) Behind
+each cell stands something to see: change the cell, run it again, and look what becomes of it. Then
+come the questions of a class, and exercises. All cells take a minute or two on a CPU. The first
+draws 24 streets to train on, and 4 to validate on. (In Colab it asks for the address of this
+repository.)""", """
+import os, subprocess, sys
+if "google.colab" in sys.modules and not os.path.exists("tests"):
+    address = input("The address of the repository, https://...: ")
+    subprocess.run(["git", "clone", "-q", address, "pspnet"], check=True)
+    os.chdir("pspnet")
+if os.path.exists("lecture.ipynb"):  # Jupyter starts in the folder of the notebook
+    os.chdir("..")
+sys.path.insert(0, "tests")
+from pictures import dots_of, sheet_of, table_of
+from reach import COLUMN, ROW, reach_of, street_images
+from toy_cityscapes import draw_cityscapes, draw_scene
+root = draw_cityscapes("data/lecture", {"train": 24, "val": 4}, (160, 320))"""),
+("imports", """Here is what the lessons import, and a street. (They also import from each other.)
+""", """
+photograph, label_ids = draw_scene(np.random.default_rng(0), 160, 320)
+images = torch.from_numpy(photograph).permute(2, 0, 1)[None]  # a batch of one: (1, 3, H, W)
+Image.fromarray(photograph)"""),
+("pspnet: MEAN shortcut BasicBlock Bottleneck", """## 1. The network
+<pspnet>
+
+We begin with the parts of a ResNet. A residual block adds something to its input. A new block adds
+nothing, so training begins as with a shallow network. (Try it without `nn.init.zeros_`.)""", """
+x = torch.rand(1, 64, 40, 80)
+print("shapes:", tuple(BasicBlock(64, 128, stride=2)(x).shape), tuple(Bottleneck(64, 64)(x).shape))
+print("a new block adds at most", (BasicBlock(64, 64)(x) - x).abs().max().item())"""),
+("pspnet: stage Variant BACKBONES ResNet", """The backbone. The table in its docstring says why
+stages 3 and 4 are dilated. Below are the shapes, and five of the 512 channels of stage 4: a square
+is a position. The weights are random, and yet one finds the street in them.""", """
+torch.manual_seed(0)
+resnet = ResNet("resnet18")
+for name, part in resnet.named_children():
+    part.register_forward_hook(lambda part, x, y, name=name: print(f"{name:8} {tuple(y.shape)}"))
+stage3, stage4 = resnet(images.float() / 255)
+channels = 255 * (stage4[0, :5] / stage4[0, :5].amax(dim=(1, 2), keepdim=True)).sqrt()
+sheet_of([[(f"channel {c}", Image.fromarray(channel.byte().numpy()))
+           for c, channel in enumerate(channels)]], 6)"""),
+("pspnet: ConvBNReLU", """Batch norm is two functions. In train mode it takes mean and variance of
+this batch, so its output has mean 0 and deviation 1. In eval mode it takes averages over batches
+before, to which a batch adds a tenth. They begin with 0 and 1. How many batches do they need?
+""", """
+layer = ConvBNReLU(3, 1, 1)
+for batches in (1, 10, 50):
+    for _ in range(batches):
+        y = layer.bn(layer.train().conv(images.float()))
+    z = layer.bn(layer.eval().conv(images.float()))
+    print(f"train {y.mean():.2f} and {y.std():.2f}, eval {z.mean():.2f} and {z.std():.2f}")"""),
+("tests/pictures: averages_of", """Now the idea of the paper. It is easiest to see with the *colors*
+of a photograph. The network does it with *features*. Above are averages over k x k regions. Below
+is what each position gets back: `bilinear` blends the averages of the nearest regions.""", """
+sheet_of(averages_of(Image.fromarray(photograph)), 0.6)"""),
+("pspnet: PyramidHead AuxiliaryHead", """The two heads. The first stacks the features and four
+levels of averages, and classifies. The second is for training only: its gradient takes a shorter
+way to early stages.""", """
+head = PyramidHead(512, 19).eval()
+print("the levels:", *[tuple(level(stage4).shape) for level in head.psp_modules])
+print("the heads:", tuple(head(stage4).shape), tuple(AuxiliaryHead(256, 19)(stage3).shape))"""),
+("pspnet: PSPNet", """All of it. (After a change of `PyramidHead` run this cell again, too: it has
+`Head = PyramidHead`.) In train mode a batch of one fails. The docstring says why.""", """
+net = PSPNet(19, "resnet18")
+logits, aux_logits = net(torch.cat([images, images.flip(3)]))
+print(logits.shape, aux_logits.shape)
+try:
+    net(images)
+except ValueError as error:
+    print("a batch of one:", error)"""),
+("tests/reach: wake_up gradient_of figures_of", """
+### Why a pyramid, when dilation makes a ResNet see hundreds of pixels anyway?
+How much does each pixel change the logits at the dot? That is a gradient. A color below is a tenth
+of the next lighter one, gray is 0, and half of the gradient lies within the ring.""", """
+wide = street_images(4)
+cells = []
+for bins in ((), (2,), (1, 2, 3, 6)):
+    torch.manual_seed(0)
+    cells.append(reach_of(f"bins {bins}", wake_up(PSPNet(19, "resnet18", bins), wide), wide))
+sheet_of([[cell] for cell in cells])"""),
+("", """Without a pyramid the network *covers* half of this image: nothing beyond 172 pixels counts.
+And it *weighs* what is near: 100 pixels away a pixel counts a hundredth. Level 1 gives weight to
+all. But a gradient shows what can count, not what is used. The paper's table 1 shows that, on
+ADE20K: no pyramid 37.23 mIoU, one average (level 1) 40.07, four levels 41.07.
+
+### Why 1, 2, 3 and 6?
+The lighter a pixel below, the more it counts in the average that the dot gets from a level. So the
+four tell what is in the scene, on this side of it, in this part, around here. The borders of 2 and
+3 differ, so together they tell where. The paper tried level 1 alone and these four. Others may be
+as good. The cost: for each level the 3x3 convolution reads 512 channels more at every position.
+With ResNet-50 that makes 713 GFLOP of 558, for 512x1024 pixels. (`FastPSPNet`, below the lesson,
+needs 562.)""", """
+row = []
+for k in (1, 2, 3, 6):
+    x = torch.zeros(1, 1, 160, 320, requires_grad=True)
+    p = F.interpolate(F.adaptive_avg_pool2d(x, k), x.shape[2:], mode="bilinear")
+    weight, = torch.autograd.grad(p[0, 0, 110, 90], x)
+    pixels = 0.4 * photograph + 150 * (weight[0, 0] / weight.max()).numpy()[..., None]
+    pixels[107:114, 87:94] = 0  # the dot
+    row.append((f"level {k}", Image.fromarray(pixels.astype(np.uint8))))
+sheet_of([row], 0.75)"""),
+("cityscapes: SceneClass CLASSES VOID TRAIN_IDS to_picture colored", """## 2. The data
+<cityscapes>
+
+A label is a map of numbers. We give each class a color. (`to_picture` and `colored` stand below the
+lesson.)""", """
+label = np.vectorize(lambda label_id: TRAIN_IDS.get(label_id, VOID))(label_ids).astype(np.uint8)
+print(label[88:92, 225:245])
+sheet_of([[("photograph", to_picture(images[0])), ("label", colored(label, CLASSES))]])"""),
+("cityscapes: DataError open_picture read_picture read_label paths_by_name Cityscapes", """
+The files, and a split of a data set. What is wrong with a file becomes a sentence.""", """
+train_set, val_set = Cityscapes(root, "train"), Cityscapes(root, "val")
+print(len(train_set), "photographs:", train_set.names[0], *train_set[0])
+try:
+    read_label(train_set.picture_paths[train_set.names[0]])  # a photograph is no label
+except DataError as error:
+    print(error)"""),
+("cityscapes: read_pair to_tensors TensorPairs", """From pictures to tensors. How many pixels has
+each class? Remember the largest for chapter 3.""", """
+counts = sum(label.flatten().bincount(minlength=256) for _, label in TensorPairs(train_set))
+for train_id in counts.nonzero().flatten().tolist():
+    share = 100 * counts[train_id].item() / counts.sum().item()
+    print(f"{CLASSES[train_id].name:14}{share:5.1f} % {'#' * round(share)}")"""),
+("cityscapes: PADDING color_matrix cut", """Two tools for training samples. A change of colors is a
+matrix. A box becomes a crop of a fixed size: that scales and crops. The last box reaches too far.
+""", """
+picture, rows = train_set[0][0], [[], []]
+for change in ({}, {"saturation": 0}, {"contrast": 1.5, "brightness": -32}, {"hue": 36}):
+    matrix = color_matrix(**change)
+    rows[0].append((str(change), picture.convert("RGB", tuple(matrix.flatten()))))
+for box in ((0, 0, 320, 160), (100, 40, 228, 104), (100, 40, 164, 72), (50, -10, 306, 118)):
+    rows[1].append((f"box {box}", cut(picture, box, (64, 128), Image.Resampling.BILINEAR, PADDING)))
+sheet_of(rows, 0.75)"""),
+("cityscapes: TrainingStream", """All together is an endless stream. Sample k depends on the seed
+and on k, on nothing else.""", """
+stream = TrainingStream(train_set, crop_size=(64, 128), seed=0)
+sheet_of([[(f"stream[{k}]", to_picture(stream[k][0])) for k in range(7)],
+          [("label", colored(stream[k][1], CLASSES)) for k in range(7)]])"""),
+("", """One sample, step by step, with the methods of the stream. (Try another k.)""", """
+from PIL import ImageDraw
+k = 12
+picture, label = train_set[stream.index(k)]
+rng = np.random.default_rng([stream.seed, 1, k])
+box, cropped_label = stream.choose_box(label, rng)
+crop = cut(picture, box, stream.crop_size, Image.Resampling.BILINEAR, PADDING)
+changed = crop.convert("RGB", stream.choose_colors(rng))
+ImageDraw.Draw(picture).rectangle(box, outline="red", width=3)
+sheet_of([[("the box", picture), ("cut and resized", crop), ("its colors changed", changed),
+           ("perhaps mirrored: stream[k]", to_picture(stream[k][0]))]])"""),
+("evaluate: predict argmax_class autocast", """## 3. How good is it?
+<evaluate>
+
+A prediction is at each pixel the class of the largest logit. This network is new.""", """
+colored(predict(net.eval(), images[0]), CLASSES)"""),
+("evaluate: confusion_matrix intersection_over_union mean_iou", """Six pixels, three classes, one
+pixel of void: make the matrix by hand. Half of the pixels of class 0 were found. Why is its IoU
+only a third?""", """
+truth = torch.tensor([[0, 0, 1], [2, 2, VOID]], dtype=torch.uint8)
+guess = torch.tensor([[0, 1, 1], [2, 0, 1]], dtype=torch.uint8)
+matrix = confusion_matrix(truth, guess, num_classes=4)  # class 3 occurs nowhere
+print(matrix, intersection_over_union(matrix), mean_iou(matrix), sep="\\n")"""),
+("evaluate: rank_and_world evaluate", """A whole data set. Why do we not count right pixels? Here is
+somebody who calls everything sidewalk. (`workers=0`: other processes might not find these cells.)
+""", """
+device = torch.device("cpu")
+sidewalk = lambda net, image: torch.ones(image.shape[1:], dtype=torch.uint8)
+matrix = evaluate(net, val_set, device, sidewalk, workers=0)
+print(f"{matrix.diag().sum() / matrix.sum():.1%} of the pixels, mIoU {mean_iou(matrix):.1%}")"""),
+("train: poly_lr segmentation_loss", """## 4. Training
+<train>
+
+A rate and a loss. A network that knows nothing gives 19 classes the same probability: its loss is
+log 19 = 2.94. One of the four pixels below is void. What is 2.94 * 3 / 4?""", """
+print([round(poly_lr(iteration, 61), 4) for iteration in (0, 15, 30, 45, 60)])
+nothing, label = torch.zeros(1, 19, 2, 2), torch.tensor([[[0, 1], [2, VOID]]])
+print(segmentation_loss(nothing, label), segmentation_loss(nothing, label * 0 + VOID))"""),
+("train: training_step", """One step, and a loop: `train.main` without checkpoints, processes and
+GPUs. It takes half a minute. Why does the loss begin at 4.1, which is 1.4 * 2.94?""", """
+def train(iters, seed=0, batch_size=4):
+    torch.manual_seed(seed)
+    net, losses = PSPNet(19, "resnet18").train(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    stream = TrainingStream(train_set, crop_size=(64, 128), seed=seed)
+    loader = DataLoader(stream, batch_size, sampler=range(iters * batch_size))
+    for iteration, (crops, labels) in enumerate(loader):
+        optimizer.param_groups[0]["lr"] = poly_lr(iteration, iters, base_lr=0.05)
+        losses.append(training_step(net, crops, labels.long(), optimizer, scaler).item())
+    return net.eval(), losses
+
+net, losses = train(iters=60)
+dots_of(loss=list(enumerate(losses)))"""),
+("", """Streets that it has never seen. Where is it wrong? Rows of the matrix are the truth, columns
+the prediction, in percent. What became of the poles?""", """
+display(sheet_of([[("photograph", to_picture(image)), ("truth", colored(label, CLASSES)),
+                   ("prediction", colored(predict(net, image), CLASSES))]
+                  for image, label in TensorPairs(val_set)], 0.8))
+matrix = evaluate(net, val_set, device, workers=0)
+print(f"mIoU {mean_iou(matrix):.1%}")
+present = matrix.sum(dim=1).nonzero().flatten()
+table_of(matrix[present][:, present], [CLASSES[i].name for i in present])"""),
+("", """How far does it see, now that it is trained? Compare the ring with that before.""", """
+gradient = gradient_of(net, wide)
+print(f"{gradient[:, 256:].sum() / gradient.sum():.0%} of the gradient lies where it would be 0 "
+      "without a pyramid")
+sheet_of([[reach_of("trained", net, wide)]])"""),
+("", """## 5. Questions of a class
+### How can it find poles, when its map has one position per 8 pixels?
+It would lose them, if a position had to be one class. But a position has 19 numbers, and neighbors
+are blended. Below the *truth* is reduced to an eighth and stretched: as classes, and as shares of
+classes.""", """
+label = TensorPairs(val_set)[1][1]
+planes = F.one_hot(label.long(), 256)[..., :19].permute(2, 0, 1)[None].float()
+shares = F.avg_pool2d(planes, 8)
+classes = F.one_hot(shares.argmax(dim=1), 19).permute(0, 3, 1, 2).float()
+row = [("truth", colored(label, CLASSES))]
+for title, x, mode in (("classes", classes, "nearest"), ("shares", shares, "bilinear")):
+    best = F.interpolate(x, label.shape, mode=mode)[0].argmax(dim=0).byte()
+    iou = 100 * intersection_over_union(confusion_matrix(label, best, 19))
+    title += f": IoU of poles {iou[5]:.0f} %, mean {iou.nanmean():.0f} %"
+    row.append((title, colored(best, CLASSES)))
+sheet_of([row])"""),
+("", """
+### In training the average is a crop's, in evaluation the whole photograph's. Is it the same?
+No. Here are averages of level 1, in the two directions in which those of samples differ most.
+""", """
+@torch.inference_mode()
+def features(image):
+    return net.backbone(net.normalize(image[None]))[1]
+
+crops = torch.cat([features(stream[k][0]).mean(dim=(2, 3)) for k in range(72)])
+wholes = torch.cat([features(image).mean(dim=(2, 3)) for image, _ in TensorPairs(train_set)])
+middle = crops.mean(dim=0)
+for name, points in {"a training sample": crops, "a whole photograph": wholes}.items():
+    print(name, f"lies {(points - middle).norm(dim=1).mean():.1f} from the middle of the samples")
+directions = torch.linalg.svd(crops - middle).Vh[:2].T
+dots_of(samples=(crops - middle) @ directions, photographs=(wholes - middle) @ directions)"""),
+("", """### Why does that not hurt?
+A photograph shows what many crops show. So it lies near the middle of what the head has learned to
+use. Is the network better if it sees tiles as large as crops? And are the averages used at all?
+Hand back those of another image, or zeros.""", """
+from evaluate import predict_averaged  # from below the lesson
+in_tiles = lambda net, image: predict_averaged(net, image, tile=(64, 128))
+print(f"tiles: mIoU {mean_iou(evaluate(net, val_set, device, in_tiles, workers=0)):.1%}")
+for name, other in {"zeros": stage4 * 0, "averages of a sample": features(stream[0][0]),
+                    "averages of another photograph": features(images[0])}.items():
+    hooks = [level[0].register_forward_hook(
+        lambda average, x, y: F.adaptive_avg_pool2d(other, average.output_size))
+        for level in net.decode_head.psp_modules]
+    print(f"{name}: mIoU {mean_iou(evaluate(net, val_set, device, workers=0)):.1%}")
+    for hook in hooks:
+        hook.remove()"""),
+("", """### What does this reach, at what cost, and what is noise?
+<toy> Nobody has trained it on Cityscapes yet. mmsegmentation's recipe, which it repeats, reached
+77.85 mIoU there, in 40,000 iterations of 8 crops of 512x1024. What is noise, exercise 5 shows.
+
+## 6. Exercises
+Each names a line. Run the cell below it. Then change the line in the cell above that has it, run
+that, and the cell below again. Put the line back. What you should have seen is folded.""", ""),
+]
+
+# Title, file, a line that is in it once, what becomes of it, question, cell, what one should see
+EXERCISES = [
+("Void in the mean", "train", 'ignore_index=VOID, reduction="none").mean()', "ignore_index=VOID)",
+"""What is the loss of the four pixels now, and that of labels that are all void? When does training
+meet such labels?""", """
+label = torch.tensor([[[0, 1], [2, VOID]]])
+print(segmentation_loss(nothing, label), segmentation_loss(nothing, label * 0 + VOID))""",
+"""ANSWER1"""),
+("A batch of one", "pspnet", 'backbone="resnet50_v1c", bins=(1, 2, 3, 6)):',
+'backbone="resnet50_v1c", bins=(2, 3, 6)):',
+"""Why does a batch of one train now? What does the network lose?""", """
+try:
+    print("loss", train(iters=1, batch_size=1)[1])
+except ValueError as error:
+    print(error)""",
+"""ANSWER2"""),
+("Blended labels", "cityscapes", "self.crop_size, Image.Resampling.NEAREST, VOID)",
+"self.crop_size, Image.Resampling.BILINEAR, VOID)",
+"""Which classes appear that no street has, and where?""", """
+stream = TrainingStream(train_set, crop_size=(64, 128), seed=0)
+labels = torch.stack([stream[k][1] for k in range(40)])
+drawn = torch.isin(labels, torch.tensor([0, 1, 2, 5, 7, 8, 10, 11, 13, VOID]))
+print(f"{1 - drawn.float().mean():.1%} of the pixels have a class that no street has")
+sheet_of([[(f"label {k}", colored(labels[k], CLASSES)) for k in range(3)]], 3)""",
+"""ANSWER3"""),
+("Without dilation", "pspnet", "first_dilation=2, dilation=4", "first_dilation=1, dilation=1",
+"""How far does a position see now? Would ImageNet's weights load? Would they fit?""", """
+torch.manual_seed(0)
+caption, picture = reach_of("no pyramid", wake_up(PSPNet(19, "resnet18", ()), wide), wide)
+print(caption)
+picture""",
+"""ANSWER4"""),
+("Noise", "train", "loss = loss + 0.4 * segmentation_loss(aux_logits, labels)",
+"loss = loss + 0.0 * segmentation_loss(aux_logits, labels)",
+"""First leave the line as it is, and train with seeds 0, 1 and 2. How far apart are they? Then
+change it. Does the auxiliary loss help? How many seeds does it take to say so?""", """
+for seed in ():  # write (0, 1, 2): a minute or two
+    matrix = evaluate(train(iters=60, seed=seed)[0], val_set, device, workers=0)
+    print(f"seed {seed}: mIoU {mean_iou(matrix):.1%}")""",
+"""ANSWER5"""),
+("Context from one level", "tests/context", '"one average": (1,),',
+'"one average": (1,), "2 x 2": (2,),',
+"""Cars and boats of these scenes look the same. Only the left end of a picture tells which they
+are. Run `python tests/context.py runs/quick --quick`. Level 1 helps. Why does level 2 not?""", "",
+"""ANSWER6"""),
+]
+
+
+def cut_out(file, names):
+    """These functions, classes and constants, with decorators and the comments above them."""
+    source = (TOP / f"{file}.py").read_text()
+    lines, statements, blocks = source.splitlines(), ast.parse(source).body, []
+    for name in names.split():
+        node = next(node for node in statements
+                    if re.match(rf"(def |class |){name}\b", lines[node.lineno - 1]))
+        first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) - 1
+        while lines[first - 1].startswith("# ") and not lines[first - 1].endswith("--"):
+            first -= 1
+        blocks.append("\n".join(lines[first:node.end_lineno]))
+    return "\n\n\n".join(blocks)
+
+
+def names_in(code):
+    """The names that a module defines."""
+    symbols = symtable.symtable(code, "", "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols
+            if symbol.is_assigned() and not symbol.is_imported()}
+
+
+def cells_of_lecture():
+    """(kind, text) of all cells. Raises AssertionError if a name of a lesson is missing."""
+    imports, missing, texts, cells = set(), set(), {"toy": TOY_SEEDS}, []
+    for file in LESSONS:
+        lesson = (TOP / f"{file}.py").read_text().partition("# Here the lesson ends")[0]
+        missing |= names_in(lesson) - {"main"}
+        imports |= {line for line in re.findall(r"^(?:import|from) .+", lesson, re.M)
+                    if line.split()[1] not in LESSONS}
+        # In Markdown __ makes letters bold, and code begins after an empty line.
+        docstring = ast.get_docstring(ast.parse(lesson)).replace("__", r"\_\_")
+        texts[file] = re.sub(r"(\n\S.*\n)(?=    )", r"\1\n", docstring)
+    for cutting, text, to_try in LECTURE:
+        file, _, names = cutting.partition(":")
+        code = cut_out(file, names) if names else ""
+        missing -= names_in(code)
+        cells.append(("markdown", re.sub(r"<(\w+)>", lambda mark: texts[mark[1]], text)))
+        cells.append(("code", "\n".join(sorted(imports)) if cutting == "imports" else code))
+        cells.append(("code", to_try.strip()))
+    assert not missing, f"not in the notebook: {missing}"
+    for number, (title, file, line, other, question, cell, answer) in enumerate(EXERCISES, 1):
+        change = f"In `{file}.py`\n```python\n{line}\n```\nbecomes\n```python\n{other}\n```"
+        folded = f"<details><summary>What you should have seen</summary>\n\n{answer}\n</details>"
+        cells += [("markdown", f"### {number}. {title}\n{change}\n{question}"),
+                  ("code", cell.strip()), ("markdown", f"*Your answer:*\n\n{folded}")]
+    return [(kind, text) for kind, text in cells if text]
+
+
+def notebook(cells):
+    """The text of the file: nbformat 4, without outputs."""
+    more = {"markdown": {}, "code": {"execution_count": None, "outputs": []}}
+    entries = [{"cell_type": kind, "metadata": {}, "source": text.splitlines(keepends=True)}
+               | more[kind] for kind, text in cells]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return json.dumps({"cells": entries, "metadata": {"kernelspec": kernel}, "nbformat": 4,
+                       "nbformat_minor": 4}, indent=1, ensure_ascii=False) + "\n"
+
+
+def run(texts, namespace):
+    """Run cells as Jupyter does: a picture as the last expression of one is displayed."""
+    for text in texts:
+        tree = ast.parse(text)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "cell", "exec"), namespace)
+        value = last and eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
+        if hasattr(value, "save"):
+            namespace["display"](value)
+
+
+if __name__ == "__main__":
+    cells, pictures = cells_of_lecture(), []
+    NOTEBOOK.write_text(notebook(cells))
+    if "--run" in sys.argv:
+        os.chdir(TOP)
+        run([text for kind, text in cells if kind == "code"], {"display": pictures.append})
+        os.makedirs("runs/lecture", exist_ok=True)
+        for number, picture in enumerate(pictures):
+            picture.save(f"runs/lecture/{number:02}.png")

@@ -1,0 +1,86 @@
+"""How far a position sees: |d logits at one position / d image|, drawn over a photograph.
+
+    python tests/reach.py tests/pictures/reach.png     # half a minute on a CPU
+
+Three untrained networks differ in the levels of the pyramid. A caption says on how much of the
+image the logits at the dot depend, and how far from it half of the gradient lies: the ring.
+"""
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from pictures import save_cells  # and the scripts are on the path
+from toy_cityscapes import draw_scene
+
+from pspnet import PSPNet
+
+ROW, COLUMN = 110, 90  # the position
+BANDS = np.array([(255, 250, 190), (255, 205, 80), (250, 140, 40), (220, 70, 60), (150, 30, 105),
+                  (80, 15, 110)])  # a color for each factor of ten
+
+
+def street_images(count):
+    """Drawn streets, (count, 3, 192, 448), uint8."""
+    scenes = [draw_scene(np.random.default_rng([0, i]), 192, 448)[0] for i in range(count)]
+    return torch.from_numpy(np.array(scenes)).permute(0, 3, 1, 2)
+
+
+def wake_up(net, images):
+    """A new network in eval mode, ready for gradients. Its blocks add 0 to their shortcuts, as the
+    weight of their last batch norm is 0. Here it becomes 1. And batch norm gets the mean and the
+    variance of these images."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+            module.momentum = None  # a plain average over all batches, of which there is one
+    with torch.no_grad():
+        net.train()(images)
+    return net.eval()
+
+
+def gradient_of(net, images):
+    """How much each pixel changes the logits at the position: |d sum of |logits| / d image|, the
+    mean over images and colors, (H, W)."""
+    images = images.float().requires_grad_()
+    logits, _ = net(images)
+    gradient, = torch.autograd.grad(logits[:, :, ROW, COLUMN].abs().sum(), images)
+    return gradient.abs().mean(dim=(0, 1))
+
+
+def figures_of(gradient):
+    """The share of the image where the gradient is not 0, and the distance from the position, in
+    pixels, within which half of it lies."""
+    rows, columns = torch.meshgrid(*map(torch.arange, gradient.shape), indexing="ij")
+    distance, order = ((rows - ROW) ** 2 + (columns - COLUMN) ** 2).sqrt().flatten().sort()
+    sums = gradient.flatten().double()[order].cumsum(dim=0)
+    half = distance[torch.searchsorted(sums, sums[-1] / 2)]
+    return (gradient > 0).double().mean().item(), half.item()
+
+
+def reach_of(title, net, images):
+    """(caption, picture): the first image, dark, and in color where its pixels have a gradient."""
+    gradient = gradient_of(net, images)
+    share, half = figures_of(gradient)
+    smooth = F.avg_pool2d(gradient[None], 15, stride=1, padding=7, count_include_pad=False)[0]
+    band = -(smooth / smooth.max()).clamp(min=1e-30).log10().ceil().int()  # 0: down to a tenth
+    gray = images[0].float().mean(dim=0).numpy()[..., None] // 12 / 21  # few steps: a small file
+    color = BANDS[band.clamp(max=len(BANDS) - 1)] * (0.45 + 0.55 * gray)
+    pixels = np.where(gradient[..., None] > 0, color, 90 * gray)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    for radius, fill in ((half, None), (4, "black")):
+        box = COLUMN - radius, ROW - radius, COLUMN + radius, ROW + radius
+        ImageDraw.Draw(picture).ellipse(box, fill, outline="white", width=2)
+    caption = f"{100 * share:.0f} % of the image, half of the gradient within {half:.0f} pixels"
+    return f"{title}: {caption}", picture
+
+
+if __name__ == "__main__":
+    images = street_images(4)
+    title = "photograph (in the others each color is a tenth of the lighter one)"
+    cells = [(title, Image.fromarray(images[0].permute(1, 2, 0).numpy()))]
+    for title, bins in (("no pyramid", ()), ("level 2", (2,)), ("levels 1 2 3 6", (1, 2, 3, 6))):
+        torch.manual_seed(0)
+        cells.append(reach_of(title, wake_up(PSPNet(19, "resnet18", bins), images), images))
+    save_cells(sys.argv[1], [cells[:2], cells[2:]])

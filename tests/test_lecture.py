@@ -1,0 +1,38 @@
+"""The lecture: the notebook is what lecture.py writes, its cells run, and so do its exercises."""
+import ast
+
+import lecture
+import pytest
+
+CELLS = lecture.cells_of_lecture()
+CODE = [text for kind, text in CELLS if kind == "code"]
+
+
+def test_the_notebook_is_what_lecture_py_writes():
+    assert lecture.NOTEBOOK.read_text() == lecture.notebook(CELLS)
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """What all cells define, run in their order, with a shorter training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("lecture"))
+        names = {"display": lambda picture: None}
+        lecture.run([text.replace("iters=60", "iters=2") for text in CODE], names)
+        yield names
+
+
+@pytest.mark.parametrize("exercise", lecture.EXERCISES, ids=lambda exercise: exercise[0])
+def test_an_exercise(exercise, namespace, capsys):
+    """Its line is in the file once, and the file is Python without it, too. Where it has a cell,
+    that prints something else after the change, and the same after the line is put back."""
+    _, file, line, other, _, cell, _ = exercise
+    source, printed = (lecture.TOP / f"{file}.py").read_text(), []
+    assert source.count(line) == 1
+    ast.parse(source.replace(line, other))
+    for new in (line, other, line) if cell else ():
+        changed, = [text.replace(line, new) for text in CODE if line in text]
+        cell = cell.replace("in ()", "in (0,)").replace("iters=60", "iters=2")
+        lecture.run([changed, cell], namespace)
+        printed.append(capsys.readouterr().out)
+    assert not cell or printed[0] == printed[2] != printed[1]
