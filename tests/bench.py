@@ -10,7 +10,7 @@
 It prints a summary, and appends lines of JSON to --out. Variants run in turn within a round, and a
 ratio is a median over rounds. On a CPU add --crop 256 512 --batch-size 2. FOLDER is another version
 of this project: git worktree add FOLDER COMMIT. mmsegmentation is measured where it is installed:
-pip install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what these import.
+pip install --no-deps mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0, and what they import.
 """
 import importlib.util
 import json

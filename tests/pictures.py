@@ -1,8 +1,6 @@
-"""Pictures of the README, and what its lecture draws with.
+"""What pictures are made with, and two of the README. (reach.py and context.py make the others.)
 
-    python tests/pictures.py     # pyramid.png; after README's first command toy.png as well
-
-tests/reach.py and tests/context.py draw the others.
+    python tests/pictures.py     # pyramid.png, and after README's first command toy.png
 """
 import sys
 from pathlib import Path
@@ -36,8 +34,7 @@ def sheet_of(rows, scale=1):
     """Rows of (title, picture) as one picture: each `scale` times as large, below its title."""
     rows = list(rows)
     width, height = (round(scale * length) for length in rows[0][0][1].size)
-    size = max(map(len, rows)) * (width + 6) - 6, len(rows) * (height + 20)
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (len(rows[0]) * (width + 6) - 6, len(rows) * (height + 20)), "white")
     smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
     for row, cells in enumerate(rows):
         for column, (title, picture) in enumerate(cells):
@@ -54,11 +51,10 @@ def save_cells(path, rows, scale=1):
 
 
 def averages_of(photograph):
-    """Two rows of (title, picture): the averages of a photograph over k x k regions, and below them
-    what each position gets back."""
+    """Two rows of (title, picture): averages over k x k regions, and what each position gets."""
     image = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None].float()
     rows = []
-    for title, mode in (("averages over", "nearest"), ("handed back:", "bilinear")):
+    for title, mode in (("averages over", "nearest"), ("what positions get,", "bilinear")):
         rows.append([("photograph", photograph)])
         for k in (1, 2, 3, 6):
             averages = F.adaptive_avg_pool2d(image, k)  # (1, 3, k, k)
@@ -70,14 +66,13 @@ def averages_of(photograph):
 def dots_of(**groups):
     """Lists of points (x, y), by name, as a picture."""
     picture, corners = Image.new("RGB", (480, 240), "white"), np.array([(44, 216), (466, 10)])
-    draw, every = ImageDraw.Draw(picture), np.concatenate(list(groups.values()))
-    low, high = every.min(axis=0), every.max(axis=0)
+    draw, points = ImageDraw.Draw(picture), np.concatenate(list(groups.values()))
+    low, high = points.min(axis=0), points.max(axis=0)
     for corner, (x, y) in zip(corners, (low, high)):
         draw.text((corner[0] - 10, 224), f"{x:.3g}", fill="black", font=FONT)
         draw.text((4, corner[1] - 8), f"{y:.3g}", fill="black", font=FONT)
-    for i, (name, points) in enumerate(groups.items()):
-        color = ("#1f77b4", "#d62728", "#2ca02c")[i]
-        draw.text((340, 4 + 16 * i), name, fill=color, font=FONT)
+    for y, color, (name, points) in zip((4, 20), ("#1f77b4", "#d62728"), groups.items()):
+        draw.text((340, y), name, fill=color, font=FONT)
         for part in (np.array(points) - low) / (high - low):
             x, y = corners[0] + part * (corners[1] - corners[0])
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
@@ -102,7 +97,7 @@ def table_of(matrix, names, cell=46):
 
 if __name__ == "__main__":
     photograph, _ = draw_scene(np.random.default_rng([0, 1]), 160, 320)
-    sheet = sheet_of(averages_of(Image.fromarray(photograph)), 0.6)
+    sheet = sheet_of(averages_of(Image.fromarray(photograph)), 0.6)  # no palette: it has gradations
     sheet.save(TOP / "tests/pictures/pyramid.png", optimize=True)
     if (TOP / "runs/toy/best.pt").exists():
         scene, net = Cityscapes(TOP / "data/toy", "val")[0], load_net(TOP / "runs/toy/best.pt")

@@ -2,8 +2,8 @@
 
     python tests/reach.py tests/pictures/reach.png     # half a minute on a CPU
 
-Three untrained networks differ in the levels of the pyramid. A caption says on how much of the
-image the logits at the dot depend, and how far from it half of the gradient lies: the ring.
+Three untrained networks differ in their levels. A caption says on how much of the image the logits
+at the dot depend, and how far from it half of the gradient lies: the ring.
 """
 import sys
 
@@ -28,21 +28,19 @@ def street_images(count):
 
 
 def wake_up(net, images):
-    """A new network in eval mode, ready for gradients. Its blocks add 0 to their shortcuts, as the
-    weight of their last batch norm is 0. Here it becomes 1. And batch norm gets the mean and the
-    variance of these images."""
+    """A new network in eval mode. Its blocks add 0 to their shortcuts, because the weight of their
+    last batch norm is 0: make it 1. And give batch norm the statistics of these images."""
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
-            module.momentum = None  # a plain average over all batches, of which there is one
+            module.momentum = None  # an average over all batches, of which there is one
     with torch.no_grad():
         net.train()(images)
     return net.eval()
 
 
 def gradient_of(net, images):
-    """How much each pixel changes the logits at the position: |d sum of |logits| / d image|, the
-    mean over images and colors, (H, W)."""
+    """|d sum of |logits| at the position / d image|, the mean over images and colors, (H, W)."""
     images = images.float().requires_grad_()
     logits, _ = net(images)
     gradient, = torch.autograd.grad(logits[:, :, ROW, COLUMN].abs().sum(), images)
@@ -50,8 +48,7 @@ def gradient_of(net, images):
 
 
 def figures_of(gradient):
-    """The share of the image where the gradient is not 0, and the distance from the position, in
-    pixels, within which half of it lies."""
+    """The share of the image with a gradient, and the distance within which half of it lies."""
     rows, columns = torch.meshgrid(*map(torch.arange, gradient.shape), indexing="ij")
     distance, order = ((rows - ROW) ** 2 + (columns - COLUMN) ** 2).sqrt().flatten().sort()
     sums = gradient.flatten().double()[order].cumsum(dim=0)
@@ -67,13 +64,13 @@ def reach_of(title, net, images):
     band = -(smooth / smooth.max()).clamp(min=1e-30).log10().ceil().int()  # 0: down to a tenth
     gray = images[0].float().mean(dim=0).numpy()[..., None] // 12 / 21  # few steps: a small file
     color = BANDS[band.clamp(max=len(BANDS) - 1)] * (0.45 + 0.55 * gray)
-    pixels = np.where(gradient[..., None] > 0, color, 90 * gray)
-    picture = Image.fromarray(pixels.astype(np.uint8))
+    pixels = np.where(gradient[..., None] > 0, color, 90 * gray).astype(np.uint8)
+    picture = Image.fromarray(pixels)
     for radius, fill in ((half, None), (4, "black")):
         box = COLUMN - radius, ROW - radius, COLUMN + radius, ROW + radius
         ImageDraw.Draw(picture).ellipse(box, fill, outline="white", width=2)
-    caption = f"{100 * share:.0f} % of the image, half of the gradient within {half:.0f} pixels"
-    return f"{title}: {caption}", picture
+    title += f": {100 * share:.0f} % of the image, half of the gradient within {half:.0f} pixels"
+    return title, picture
 
 
 if __name__ == "__main__":

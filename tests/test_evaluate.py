@@ -97,9 +97,8 @@ def test_scales_and_flip_average_as_mmsegmentation_does(checkpoint):
     for size in ((18, 26), (44, 66)):  # 0.5 and 1.25 times 35x53
         scaled = F.interpolate(NOISE[None].float(), size, mode="bilinear")
         for axes in ([], [3]):
-            logits = net(scaled.flip(axes))[0].flip(axes)
-            resized = F.interpolate(logits, (35, 53), mode="bilinear")
-            probabilities = probabilities + resized[0].softmax(0) / 4
+            logits = F.interpolate(net(scaled.flip(axes))[0].flip(axes), (35, 53), mode="bilinear")
+            probabilities = probabilities + logits[0].softmax(0) / 4
     assert are_largest(predict_averaged(net, NOISE, scales=(0.5, 1.25), flip=True), probabilities)
 
 
@@ -186,6 +185,7 @@ def test_names_are_relative_paths_and_no_two_are_one_file(tmp_path):
         with pytest.raises(DataError, match="must be relative paths without .., and no two the sa"):
             evaluate.names_of(Named(wrong))
     (tmp_path / "a.jpg").touch()
+    assert list(evaluate.photographs([str(tmp_path), f"{tmp_path}/a.jpg"])) == ["a.jpg"]
     with pytest.raises(DataError, match="would both be saved as a.jpg_ids.png"):
         evaluate.photographs([str(tmp_path), "elsewhere/a.jpg"])
 

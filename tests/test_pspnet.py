@@ -234,7 +234,7 @@ mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]"""
 OTHERS = ("strides=(1, 2, 2, 2)", "dilations=(1, 1, 1, 1)", "pool_scales=(1, 2, 3)",
           "align_corners=True", "style='caffe'", "mean=[0, 0, 0]", "std=[1.0, 1.0, 1.0]")
 WAYS_TO_WRITE = ({}, {" ": ""}, {" ": "\r\n\t"}, {"=": " = "}, {")": "\n,)", "]": "\n,]"},
-                 {"(": "[", ")": "]"}, {"[": "(", "]": ")"})
+                 {"(": "[", ")": "]"}, {"[": "(", "]": ")"}, {"=": "': "})
 
 
 def test_other_settings_of_mmsegmentation_are_refused_however_written_and_ours_accepted():
