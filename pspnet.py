@@ -295,12 +295,17 @@ def matrix_of(function, length, like):
     # PyTorch applies such a function to each channel of (B, channels, length). So the unit vectors
     # are given as the channels of a batch of one.
     columns_as_rows = function(unit_vectors[None])[0]
-    return columns_as_rows.mT.clone(memory_format=torch.contiguous_format)  # torch.kron wants that
+    return columns_as_rows.mT
 
 
-def averaging_matrix(length, k, like):
-    """(k, length): a product with it averages `length` positions over k regions."""
-    return matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), length, like)
+def averaging_matrix(h, w, k, like):
+    """(k * k, h * w): a product with it averages a map of h x w positions over k x k regions. A row
+    stands for a region, and a column for a position. An entry is the weight of the position in the
+    average over the region: the weight of its row times the weight of its column."""
+    row_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), h, like)  # (k, h)
+    column_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), w, like)  # (k, w)
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]  # (k, k, h, w)
+    return weights.flatten(2).flatten(0, 1)
 
 
 def interpolation_matrix(length, new_length, like):
@@ -365,14 +370,9 @@ class FastPyramidHead(PyramidHead):
         precision the matrix is rounded, so that a mean may be off by 0.4 %.)"""
         if not self.bins:
             return []
-        h, w = x.shape[2:]
-        # For each level a matrix with a row for each region and a column for each position of x. An
-        # entry is the weight of the position in the average over the region: the weight of its row
-        # times the weight of its column. torch.kron makes all these products.
-        matrices = [torch.kron(averaging_matrix(h, k, x), averaging_matrix(w, k, x))
-                    for k in self.bins]
-        matrix = torch.cat(matrices).to(x.dtype)  # (1 + 4 + 9 + 36, h w)
-        means = x.flatten(2) @ matrix.mT  # (B, C, h w) @ (h w, 50) -> (B, C, 50)
+        matrix = torch.cat([averaging_matrix(*x.shape[2:], k, x) for k in self.bins]).to(x.dtype)
+        # (B, C, h w) @ (h w, 1 + 4 + 9 + 36) -> (B, C, 50)
+        means = x.flatten(2) @ matrix.mT
         levels = means.split([k * k for k in self.bins], dim=2)
         return [level.unflatten(2, (k, k)) for k, level in zip(self.bins, levels, strict=True)]
 
