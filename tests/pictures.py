@@ -73,7 +73,7 @@ def dots_of(**groups):
         draw.text((4, corner[1] - 8), f"{y:.3g}", fill="black", font=FONT)
     for y, color, (name, points) in zip((4, 20), ("#1f77b4", "#d62728"), groups.items()):
         draw.text((340, y), name, fill=color, font=FONT)
-        for part in (np.array(points) - low) / (high - low):
+        for part in (np.asarray(points) - low) / (high - low):
             x, y = corners[0] + part * (corners[1] - corners[0])
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
     return picture
