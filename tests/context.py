@@ -1,7 +1,7 @@
 """What the pyramid is for: things that look the same, and that the rest of the picture tells apart.
 
     python tests/context.py runs/context          # 9 trainings: half an hour on 2 cores
-    python tests/context.py runs/quick --quick    # 6 smaller ones: MINUTES
+    python tests/context.py runs/quick --quick    # 6 small ones: a few minutes
 
 In the paper's figure 2 a network without a pyramid takes a boat on a river for a car. Here the left
 end of a picture shows a street or a river, fog hides the middle, and out of the fog at the right
@@ -10,7 +10,7 @@ asking which, and nothing within 172 pixels of them tells. No further can ResNet
 convolution after it see: without a pyramid the network has to guess. With --quick the network is a
 ResNet-10, of one block in each stage. It sees 84 pixels at most, and the scenes are smaller.
 
-Cityscapes has no rivers and boats: they are labelled "terrain" and "bicycle", and fog "sky".
+Cityscapes has no rivers and boats: they are labeled "terrain" and "bicycle", and fog "sky".
 Writes into the folder its scenes, a folder for each training, and context.png.
 """
 import argparse

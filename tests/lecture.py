@@ -24,9 +24,7 @@ These are the lessons of the four files, cell by cell. (`tests/lecture.py` has c
 each cell stands something to see: change the cell, run it again, and look what becomes of it. Then
 come the questions of a class, and exercises. All cells take two minutes on a CPU. The first draws
 28 streets. In Colab it asks for the address of this repository.""", """
-import os
-import subprocess
-import sys
+import os, subprocess, sys
 if "google.colab" in sys.modules and not os.path.exists("tests"):
     address = input("The address of the repository, https://...: ")
     subprocess.run(["git", "clone", "-q", address, "pspnet"], check=True)
@@ -215,7 +213,7 @@ present = matrix.sum(dim=1).nonzero().flatten()
 table_of(matrix[present][:, present], [CLASSES[i].name for i in present])"""),
 ("", """How far does it see, once trained? (The ring: 21 to 38 pixels with seeds 0 to 4.)""", """
 gradient = gradient_of(net, wide[:1])
-print(f"{gradient[:, 256:].sum() / gradient.sum():.0%} of it would be 0 without a pyramid")
+print(f"{gradient[:, 256:].sum() / gradient.sum():.0%} of the gradient would be 0 with no pyramid")
 sheet_of([[reach_of("trained", net, wide)]])"""),
 ("", """## 5. Questions of a class
 ### How can it find poles, when its map has one position per 8 pixels?
@@ -261,7 +259,7 @@ for name, other in {"zeros": stage4 * 0, "averages of stream[0]": features(strea
     for hook in hooks:
         hook.remove()"""),
 ("", """With seeds 0 to 4 tiles gave 1.2 less to 1.9 more, on average 0.1 more. Zeros cost 8 to 27
-points, averages of stream[0], which shows cars and road only, 18 to 42, of another street 1 to 3.
+points, averages of stream[0], which shows cars and road only, 18 to 42, of another street 0.5 to 3.
 
 ### What does this reach, at what cost, and what is noise?
 <toy> Nobody has trained it on Cityscapes yet. mmsegmentation's recipe, which it repeats, reached
@@ -308,16 +306,16 @@ their shapes are the same. But they learned to read positions 16 and 32 pixels a
 """Train with three seeds before and after. Does the auxiliary loss help?""", """
 for seed in ():  # write (0, 1, 2), and wait a minute or two
     print(seed, mean_iou(evaluate(train(iters=60, seed=seed)[0], val_set, device, workers=0)))""",
-"""0.71, 0.74 and 0.68 become 0.68, 0.69 and 0.67, as if the loss helped by 0.03. But seeds 3 and 4
-gave 0.67 and 0.64 with it, 0.65 and 0.67 without: that leaves 0.016, and seeds from 0.64 to 0.74.
-It would take some thirty of each. (Another machine adds up in another order: other numbers.)"""),
+"""0.71, 0.74 and 0.68 become 0.68, 0.69 and 0.67: does the loss help by 0.03? Seeds 3 and 4 gave
+0.67 and 0.64 with it, 0.65 and 0.67 without. That leaves 0.016, and the seeds with it lie between
+0.64 and 0.74. It would take some thirty of each. (On another machine the numbers differ.)"""),
 ("Context from one level", "tests/context", 'average": (1,)', 'average": (1,), "2 x 2": (2,)',
 """Cars and boats look the same there. The left end of the picture tells which they are. Run `python
 tests/context.py runs/quick --quick`, a few minutes. Level 1 helps. Why does level 2 not?""", "",
 """With two seeds no pyramid has 23 and 29 % (cars, boats), level 1 68 and 69, level 2 25 and 31. Of
 what decides between car and boat, 23 to 28 % of the gradient lies on the street or river with level
 1, and less than 0.01 % with level 2: its right half hardly sees the left end."""),
-]]
+]
 
 
 def cut_out(file, names):
@@ -353,7 +351,7 @@ def cells_of_lecture():
         file, _, names = cutting.partition(":")
         code = cut_out(file, names) if names else ""
         missing -= names_in(code)
-        cells.append(("markdown", re.sub(r"<(\w+)>", lambda mark: texts[mark[1]], text)))
+        cells.append(("markdown", re.sub(r"<(\w+)>", lambda mark: texts[mark[1]], text.strip())))
         cells.append(("code", "\n".join(sorted(imports)) if cutting == "imports" else code))
         cells.append(("code", to_try.strip()))
     assert not missing, f"not in the notebook: {missing}"

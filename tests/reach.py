@@ -64,19 +64,18 @@ def reach_of(title, net, images):
     band = -(smooth / smooth.max()).clamp(min=1e-30).log10().ceil().int()  # 0: down to a tenth
     gray = images[0].float().mean(dim=0).numpy()[..., None] // 12 / 21  # few steps: a small file
     color = BANDS[band.clamp(max=len(BANDS) - 1)] * (0.45 + 0.55 * gray)
-    pixels = np.where(gradient[..., None] > 0, color, 90 * gray).astype(np.uint8)
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(np.where(gradient[..., None] > 0, color, 90 * gray).astype(np.uint8))
     for radius, fill in ((half, None), (4, "black")):
         box = COLUMN - radius, ROW - radius, COLUMN + radius, ROW + radius
         ImageDraw.Draw(picture).ellipse(box, fill, outline="white", width=2)
-    title += f": {100 * share:.0f} % of the image, half of the gradient within {half:.0f} pixels"
-    return title, picture
+    caption = f"{100 * share:.0f} % of the image, half of the gradient within {half:.0f} pixels"
+    return f"{title}: {caption}", picture
 
 
 if __name__ == "__main__":
     images = street_images(4)
-    title = "photograph (in the others each color is a tenth of the lighter one)"
-    cells = [(title, Image.fromarray(images[0].permute(1, 2, 0).numpy()))]
+    photograph = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    cells = [("photograph (in the others a color is a tenth of the next lighter one)", photograph)]
     for title, bins in (("no pyramid", ()), ("level 2", (2,)), ("levels 1 2 3 6", (1, 2, 3, 6))):
         torch.manual_seed(0)
         cells.append(reach_of(title, wake_up(PSPNet(19, "resnet18", bins), images), images))

@@ -35,9 +35,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     Path("runs/pspnet").mkdir(parents=True)
     torch.save({"state_dict": net.state_dict(), "model": net.arguments}, "runs/pspnet/best.pt")
     for part in command.split("  #")[0].removesuffix("&&").split("&&"):
-        part = re.sub(r"torchrun( --\S+)*", "python", part)
         part = part.replace("toy_cityscapes.py", "toy_cityscapes.py --train 3 --val 1")
-        _, script, *arguments = part.split()
+        _, script, *arguments = re.sub(r"torchrun( --\S+)*", "python", part).split()
         if script == "train.py":
             train.main([*arguments, "--out", "run", *SMALL.split()])
         elif script == "evaluate.py":
