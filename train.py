@@ -63,29 +63,24 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
 
 def main(argv=None):
     # `device` is the GPU or CPU of this process, `rank` its number, `world` how many there are.
-    # (The default of --precision depends on the device.) parse_args, data_sets and Run stand below
-    # the lesson.
     device, rank, world = start_process()
-    args = parse_args(device, world, argv)  # the options: python train.py --help
+    args = parse_args(device, world, argv)  # It stands below the lesson, like data_sets and Run.
     train_set, val_set = data_sets(args)
 
-    # The network. FastPSPNet computes what PSPNet computes, in less time. `net` is the plain
-    # network, which is evaluated and saved. `model`, below, is the same network wrapped for several
-    # processes. (--seed may be any number. A seed of PyTorch has 64 bits, of which a CPU uses 32.)
+    # FastPSPNet computes what PSPNet computes, in less time. `net` is the plain network, which is
+    # evaluated and saved. `model`, below, is the same network, wrapped for several processes.
     torch.manual_seed(args.seed % 2**32)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # channels_last: all channels of a position lie side by side in memory. This makes training
-    # faster on GPUs, and slower on CPUs.
+    # channels_last: all channels of a position lie side by side in memory: faster on GPUs only.
     layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
     net.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    # A Run knows what is written to the folder --out, and how. It loads weights of ImageNet into
-    # the backbone, or with --resume the latest checkpoint. `start` is how many iterations are
-    # finished: 0, or the checkpoint's number.
+    # A Run knows what is written to the folder --out, and how. It loads weights of ImageNet, or
+    # with --resume the latest checkpoint. `start` is how many iterations are finished already.
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
     start = run.load_or_resume()
     model = net
@@ -94,9 +89,8 @@ def main(argv=None):
         # averaged over the processes, so that all take the same step.
         model = DistributedDataParallel(net)
 
-    # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1. They are dealt out to the
-    # processes like cards: each gets every world-th. With 8 a batch and two processes, process 0
-    # gets the samples 24, 26, 28 and 30 in iteration 3.
+    # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out like cards. Of
+    # two processes, with 8 a batch, process 0 gets 24, 26, 28 and 30 in iteration 3.
     stream = TrainingStream(train_set, args.crop, args.seed)
     samples = range(start * args.batch_size, args.iters * args.batch_size)[rank::world]
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
@@ -108,8 +102,7 @@ def main(argv=None):
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Only dropout is random here. Each iteration and process has a seed of its own, so that a
-        # resumed run drops the same.
+        # Each iteration and process has its own seed, so that a resumed run drops out the same.
         dropout_seed = (args.seed * args.iters + iteration) * world + rank
         torch.manual_seed(dropout_seed % 2**32)
 
@@ -122,9 +115,7 @@ def main(argv=None):
         validating = step % args.val_every == 0 or step == args.iters
         saving = validating or step % args.save_every == 0
         if saving or step % 10 == 0:
-            # Logs the mean of the losses since the last time. Raises an error if it is not finite,
-            # so that a run that diverges ends before it is saved.
-            run.log_losses(step, lr, bar)
+            run.log_losses(step, lr, bar)  # their mean; ends a run that diverges before it is saved
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
             net.train()  # validate has left it in eval mode
