@@ -44,8 +44,8 @@ def argmax_class(scores):
 def autocast(device, precision):
     """A context in which the large operations of a network compute in "bf16" or "fp16". With "fp32"
     it does nothing. (In fp32 the convolutions of PyTorch use TF32 on recent GPUs.)"""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}  # "fp32" is not among them
-    return torch.autocast(device.type, dtypes.get(precision), enabled=precision in dtypes)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def confusion_matrix(label, prediction, num_classes):
@@ -77,11 +77,9 @@ def mean_iou(matrix):
 def rank_and_world():
     """torchrun runs several copies of a program, a process for each GPU. Returns the number of this
     process, `rank`, and how many there are, `world`. Without torchrun they are 0 and 1."""
-    # torchrun sets these variables. If only some are set, another program has left them there.
-    by_torchrun = all(os.environ.get(name) for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"))
-    if not by_torchrun or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_torchelastic_launched():  # not started by torchrun
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])  # which torchrun has set
 
 
 def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):

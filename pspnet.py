@@ -343,8 +343,8 @@ class FastPyramidHead(PyramidHead):
         _, in_channels, h, w = x.shape
         channels = [in_channels] + [in_channels // 4] * len(self.bins)  # of x and of each level
         weight_of_x, *weights = self.bottleneck.conv.weight.split(channels, dim=1)
-        y = F.conv2d(x, weight_of_x, padding=1)
         means = self.averages(x)
+        levels = 0  # the sum of their convolutions
         for level, k in enumerate(self.bins):
             # [0] of a module averages, which `averages` has done. [1] is ConvBNReLU.
             p = self.psp_modules[level][1](means[level])  # [b, i, m, n], b: the image of the batch
@@ -352,7 +352,8 @@ class FastPyramidHead(PyramidHead):
             S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
             q = torch.einsum("oiuv,bimn->bouvmn", weights[level], p)  # the sum over i
             q = torch.einsum("bouvmn,rum->borvn", q, R)  # the sum over u and m: rows
-            y = y + torch.einsum("borvn,cvn->borc", q, S)  # the sum over v and n: columns
+            levels = levels + torch.einsum("borvn,cvn->borc", q, S)  # over v and n: columns
+        y = F.conv2d(x, weight_of_x, padding=1) + levels
         y = F.relu(self.bottleneck.bn(y), inplace=True)
         return self.conv_seg(self.dropout(y))
 
@@ -509,7 +510,7 @@ if __name__ == "__main__":
     net = PSPNet().double().eval()
     fast = FastPSPNet().double().eval()
     fast.load_state_dict(net.state_dict())
-    images = torch.randint(256, (1, 3, 128, 256))
+    images = torch.randint(256, (1, 3, 64, 128))
     print(f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters")
     for kind in (PSPNet, FastPSPNet):
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:

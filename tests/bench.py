@@ -39,8 +39,6 @@ from evaluate import autocast, predict  # noqa: E402
 from train import training_step  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# In prediction and in training: those of evaluate.py and of train.py
-LAYOUTS = ("channels_last", "contiguous_format" if DEVICE.type == "cpu" else "channels_last")
 # The network, whether it is deterministic, and whether cuDNN tries its algorithms (benchmark)
 VARIANTS = {"PSPNet": (pspnet.PSPNet, False, True),  # as anyone would run it
             "FastPSPNet": (pspnet.FastPSPNet, False, True),
@@ -88,9 +86,9 @@ def report_pair(args, title, times):
            f"ratio {ratio:.3f}", title=title, ms=times, ratio=ratio)
 
 
-def our_work(net, training, precision, images, labels, layouts=LAYOUTS):
+def our_work(net, training, precision, images, labels):
     """A function that does one step of train.py, or one prediction of evaluate.py."""
-    net.to(DEVICE, memory_format=getattr(torch, layouts[training])).train(training)
+    net.to(DEVICE, memory_format=torch.channels_last).train(training)
     if not training:
         return partial(predict, net, images[0], precision)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
@@ -207,7 +205,7 @@ def bench_heads(args):
     for training, size in ((False, (1, 512, 1024)), (True, (2, 256, 512))):
         batch = batch_of(*size)
         here = our_work(pspnet.FastPSPNet(), training, "fp32", *batch)
-        there = our_work(other.FastPSPNet(), training, "fp32", *batch, args.layouts)
+        there = our_work(other.FastPSPNet(), training, "fp32", *batch)
         ms = in_turn({"there": there, "here": here}, 8)
         report_pair(args, "training step" if training else "prediction", ms)
 
@@ -221,8 +219,6 @@ if __name__ == "__main__":
     add("--out", metavar="FILE")
     add("--data", default="data/cityscapes", metavar="DIR")
     add("--other", metavar="FOLDER")
-    add("--layouts", choices=("contiguous_format", "channels_last"), nargs=2, default=LAYOUTS,
-        metavar=("PREDICTION", "TRAINING"), help="of the version in --other (%(default)s)")
     add("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"))
     add("--batch-size", type=int, default=8)
     add("--rounds", type=int, default=3, help="of train and eval, if there is time (3)")

@@ -52,15 +52,6 @@ def run_script(command, processes=1):
     return subprocess.run(words_of(command, processes), capture_output=True, text=True, timeout=600)
 
 
-def run_differently(command, options, folder):
-    """run_script in two processes, where process i gets options[i] as well."""
-    program = folder / "one_process.py"
-    words = [words_of(f"{command} {more}") for more in options]
-    program.write_text(f"import os\nwords = {words}[int(os.environ['RANK'])]\n"
-                       "os.execv(words[0], words)\n")
-    return run_script(str(program), processes=2)
-
-
 def sentence_of(process):
     """The last line that a script printed to standard error, where it must have refused."""
     assert process.returncode != 0

@@ -42,12 +42,11 @@ def compare(what, expected, found, limit):
 
 
 def filled(kind, device=CPU, backbone="resnet18"):
-    """A network with the weights of fill.py, without dropout, on a device, in train.py's layout."""
+    """A network with the weights of fill.py, without dropout, on a device."""
     net = kind(backbone=backbone)
     net.load_state_dict(fill_state_dict(net.state_dict()))
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0  # differs between devices
-    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-    return net.to(device, memory_format=layout)
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def step(net, images, precision):

@@ -35,14 +35,14 @@ def relative_error(actual, expected):
 @pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_names_shapes_preprocessing_and_logits_equal_mmsegmentations(backbone):
-    recorded = MMSEG["models"][RECORDED[backbone]]
+    recorded = MMSEG[RECORDED[backbone]]
     net = filled_net(PSPNet, backbone).eval()
-    shapes = {name: value.shape for name, value in net.state_dict().items()}
-    assert shapes == dict(recorded["keys"])
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert shapes == recorded["shapes"]
     bgr = MMSEG["preprocess"]["bgr"]  # (H, W, 3): there blue is first, and channels are last
     normalized = net.normalize(bgr.flip(2).permute(2, 0, 1)[None])
     assert relative_error(normalized, MMSEG["preprocess"]["out"]) < 1e-6  # float32
-    expected = recorded["eval64"][1, 3, 65, 129]
+    expected = recorded["logits"]
     with torch.no_grad():
         stage3, stage4 = net.backbone(make_input((1, 3, 65, 129)).double())
         assert relative_error(net.auxiliary_head(stage3), expected["aux_head"]) < 1e-9
@@ -57,7 +57,7 @@ def test_names_shapes_preprocessing_and_logits_equal_mmsegmentations(backbone):
     (PSPNet, "resnet50_v1c", torch.contiguous_format),
     (FastPSPNet, "resnet18", torch.channels_last)])
 def test_training_losses_gradients_and_statistics_equal_mmsegmentations(kind, backbone, layout):
-    recorded = MMSEG["models"][RECORDED[backbone]]["train64"]
+    recorded = MMSEG[RECORDED[backbone]]["step"]
     net = filled_net(kind, backbone).train().to(memory_format=layout)
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
     net.normalize = lambda images: images  # the recorded input is normalized already
@@ -68,20 +68,20 @@ def test_training_losses_gradients_and_statistics_equal_mmsegmentations(kind, ba
     (loss + 0.4 * aux_loss).backward()
     assert relative_error(loss, recorded["losses"]["decode.loss_ce"]) < 1e-9
     assert relative_error(0.4 * aux_loss, recorded["losses"]["aux.loss_ce"]) < 1e-9
-    norms = recorded["grad_norm_all"]  # of every parameter's gradient
+    norms = recorded["norms"]  # of every parameter's gradient
     for name, parameter in net.named_parameters():
         assert abs(parameter.grad.norm() - norms[name]) < 1e-9 * max(norms.values()), name
-    for name, gradient in recorded["grads"].items():  # 64 values of some gradients
-        difference = net.get_parameter(name).grad.flatten()[:64] - gradient["first64"]
-        assert difference.abs().max() < 1e-9 * gradient["norm"], name
-    for name, statistic in recorded["running_after"].items():
-        assert relative_error(net.get_buffer(name), statistic) < 1e-9, name
+    for name, gradient in recorded["grads"].items():  # the first 16 values
+        difference = net.get_parameter(name).grad.flatten()[:16] - gradient
+        assert difference.abs().max() < 1e-9 * max(norms.values()), name
+    for name, statistic in recorded["statistics"].items():  # of batch norm, 16 values as well
+        assert relative_error(net.get_buffer(name).flatten()[:16], statistic) < 1e-9, name
 
 
 def test_new_weights_have_the_mean_and_deviation_of_mmsegmentations():
     torch.manual_seed(0)
     weights = PSPNet().state_dict()
-    for name, recorded in MMSEG["init"]["r50-d8"].items():
+    for name, recorded in MMSEG["init"].items():
         value = weights[name].double()
         tolerance = 6 * recorded["std"] / value.numel() ** 0.5  # both are random, or constants
         assert abs(value.mean() - recorded["mean"]) <= tolerance, name
@@ -170,7 +170,7 @@ def test_the_two_lessons_alone_train_a_step(tmp_path, toy):
 def zero_weights(backbone, num_classes):
     """As in a file of mmsegmentation, but each tensor is one zero that is seen many times."""
     weights = {}
-    for name, shape in MMSEG["models"][RECORDED[backbone]]["keys"]:
+    for name, shape in MMSEG[RECORDED[backbone]]["shapes"].items():
         shape = (num_classes, *shape[1:]) if ".conv_seg." in name else shape
         weights[name] = torch.zeros(()).expand(shape)
     return weights

@@ -55,8 +55,7 @@ def test_loss_of_void_is_zero_with_zero_gradient():
 
 @pytest.mark.usefixtures("all_cores")
 def test_steps_of_sgd_equal_mmsegmentations():
-    """Three of the 20 that are recorded, in float64: each loss depends on all updates before."""
-    recorded = MMSEG["sgd20"]["r18b-d8", "float64"]["loss"][:3]
+    """In float64. Each of the three losses depends on all updates before."""
     net = FastPSPNet(backbone="resnet18")
     net.load_state_dict(fill_state_dict(net.state_dict()))
     net.double().train()
@@ -64,7 +63,7 @@ def test_steps_of_sgd_equal_mmsegmentations():
     net.normalize = lambda images: images  # the recorded inputs are normalised already
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for i, expected in enumerate(recorded):
+    for i, expected in enumerate(MMSEG["sgd"]):
         optimizer.param_groups[0]["lr"] = poly_lr(i, 80_000)
         images = make_input((2, 3, 128, 256), f"step{i}").double()
         labels = make_label(2, 128, 256, f"step{i}")
@@ -249,16 +248,20 @@ def test_an_error_in_a_worker_ends_all_processes_and_names_the_file(tmp_path):
     assert process.returncode != 0 and message in process.stderr
 
 
-def test_processes_with_different_options_refuse_to_train(small, tmp_path, monkeypatch):
-    """In place of torch.distributed. (test_evaluate.py compares two processes.)"""
+def test_processes_with_different_options_do_not_start(runs, toy, small, tmp_path, monkeypatch):
+    """In place of torch.distributed: another process, with other values of some settings."""
     def gather(everyones, settings):
-        everyones[:] = settings, settings | {"lr": 0.02, "seed": 1, "step": 500}
+        others = {"lr": 0.02, "seed": 1, "step": 500, "ckpt": "another file", "flip": True}
+        everyones[:] = settings, {key: others.get(key, settings[key]) for key in settings}
 
     monkeypatch.setattr(evaluate, "dist", SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather,
+        is_torchelastic_launched=lambda: False))
     with pytest.raises(DataError, match="the processes differ in step, lr, seed: "):
         train.main(small.split())
     assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="the processes differ in ckpt, flip: "):
+        evaluate.main(f"--ckpt {runs[1]}/best.pt --data {toy}".split())
 
 
 def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path, monkeypatch):
