@@ -236,7 +236,7 @@ No. Here are averages of level 1, in the directions in which those of samples di
 def features(image):
     return net.backbone(net.normalize(image[None]))[1]
 
-crops = torch.cat([features(stream[k][0]).mean(dim=(2, 3)) for k in range(48)])
+crops = torch.cat([features(stream[k][0]).mean(dim=(2, 3)) for k in range(32)])
 wholes = torch.cat([features(TensorPairs(train_set)[i][0]).mean(dim=(2, 3)) for i in range(16)])
 middle = crops.mean(dim=0)
 for name, points in {"a training sample": crops, "a whole photograph": wholes}.items():
