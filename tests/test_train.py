@@ -25,8 +25,8 @@ from pspnet import CheckpointError, FastPSPNet, PSPNet
 from train import poly_lr, segmentation_loss, training_step
 
 # The smallest run that has everything: a ResNet-18, 8 drawn scenes, 4 crops an iteration
-SMALL = "--backbone resnet18 --weights none --crop 40 64 --batch-size 4 --workers 0"
-STEPS = "--iters 3 --lr 0.001 --val-every 2 --save-every 1"  # saves last, best, last, ..., last.pt
+SMALL = "--backbone resnet18 --weights none --crop 40 64 --batch-size 4 --iters 3 --workers 0"
+STEPS = "--lr 0.001 --val-every 2 --save-every 1"  # saves last, best, last, ..., last.pt
 NAMES = [entry.name for entry in CLASSES]
 
 
@@ -233,8 +233,9 @@ def test_a_full_disk_leaves_checkpoints_to_go_on_from(runs, small, tmp_path, mon
     assert torch.load(out / "last.pt")["step"] == 1 and torch.load(out / "best.pt")["step"] == 2
     shutil.copytree(out, other)
     (other / "last.pt").unlink()
-    for folder in (out, other):
+    for folder, step in ((out, 1), (other, 2)):
         train.main(f"{small} {STEPS} --out {folder} --resume".split())
+        assert list(logged(folder, "start")) == [0, step]
         check_equal(folder, runs[1])
 
 
@@ -314,7 +315,7 @@ def test_init_refuses_another_network(small, tmp_path):
 
 def test_a_folder_that_exists_is_left_alone(runs, small):
     with pytest.raises(DataError, match=f"{runs[1]} exists already: type --resume to go on with "):
-        train.main(f"{small} --out {runs[1]}".split())
+        train.main(f"{small} {STEPS} --out {runs[1]}".split())
     assert torch.load(runs[1] / "last.pt")["step"] == 3
 
 
