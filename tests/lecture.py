@@ -314,7 +314,7 @@ for seed in ():  # write (0, 1, 2), and wait a minute or two
 tests/context.py runs/quick --quick`: six minutes. Level 1 helps. Why does level 2 not?""", "",
 """IoU of cars and boats with two seeds: no pyramid 25 and 24 % (22 to 25), level 2 26 and 22 (19 to
 27), level 1 57 and 61 (49 to 65). Of the gradient of car against boat 20 to 23 % lies on the street
-or river with level 1, and less than 0.01 % with level 2: the right half hardly sees the left end."""),
+or river with level 1, and less than 0.01 % with level 2: the right half hardly sees the left."""),
 ]
 
 
