@@ -156,7 +156,7 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        raise
+        raise  # The first ends a loop over the data set. The second has its sentence already.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
