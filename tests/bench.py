@@ -1,10 +1,9 @@
 """Speed and memory, on a GPU or a CPU; pytest does not collect this.
 
-    python tests/bench.py all --out bench.jsonl    # train, eval, loader and head, in ten minutes
+    python tests/bench.py all --out bench.jsonl    # train, eval and loader, in ten minutes
     python tests/bench.py train                    # a training step
     python tests/bench.py eval                     # the prediction of an image of twice the crop
     python tests/bench.py loader --data DIR        # training samples, of drawn files without DIR
-    python tests/bench.py head                     # both heads, forward and backward, in fp32
     python tests/bench.py heads --other FOLDER     # FastPSPNet here and in FOLDER/pspnet.py
 
 It prints a summary, and appends lines of JSON to --out. Variants run in turn within a round, and a
@@ -191,13 +190,6 @@ def bench_loader(args):
         report(args, f"{workers} workers: {speed:.1f} samples/s", workers=workers, per_s=speed)
 
 
-def bench_head(args):
-    x = torch.randn(2, 2048, args.crop[0] // 8, args.crop[1] // 8, device=DEVICE)
-    heads = [pspnet.PyramidHead(2048, 19).to(DEVICE), pspnet.FastPyramidHead(2048, 19).to(DEVICE)]
-    works = {type(head).__name__: lambda head=head: head(x).sum().backward() for head in heads}
-    report_pair(args, "forward and backward", in_turn(works, args.rounds))
-
-
 def bench_heads(args):
     spec = importlib.util.spec_from_file_location("other", Path(args.other, "pspnet.py"))
     other = importlib.util.module_from_spec(spec)
@@ -212,7 +204,7 @@ def bench_heads(args):
 
 if __name__ == "__main__":
     jobs = {"train": partial(bench_net, training=True), "eval": partial(bench_net, training=False),
-            "loader": bench_loader, "head": bench_head, "heads": bench_heads}
+            "loader": bench_loader, "heads": bench_heads}
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("commands", choices=["all", *jobs], nargs="+")
@@ -230,7 +222,7 @@ if __name__ == "__main__":
     report(args, f"{card}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}",
            **vars(args), card=card, cores=os.cpu_count(), machine=" ".join(os.uname()),
            torch=torch.__version__, cuda=torch.version.cuda, commit=commit)
-    for command in [*jobs][:4] if args.commands == ["all"] else args.commands:
-        args.command, args.deadline = command, time.monotonic() + 225  # the other two are short
+    for command in [*jobs][:3] if args.commands == ["all"] else args.commands:
+        args.command, args.deadline = command, time.monotonic() + 225  # loader is short
         print(f"\n{command}")
         jobs[command](args)
