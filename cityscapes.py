@@ -214,12 +214,11 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     return np.column_stack([matrix, offset])
 
 
-def cut(picture, box, size, resampling, fill):
+def resized_box(picture, box, size, resampling):
     """A box of a picture, (left, top, right, bottom) in pixels with fractions, resized to `size`,
-    (height, width). Where the box reaches beyond the picture, the result has the color `fill`."""
-    height, width = size
-    return picture.transform((width, height), Image.Transform.EXTENT, box, resampling,
-                             fillcolor=fill)
+    (width, height). (Pillow's `resize` would also blur what becomes smaller. The recipe does not.)
+    """
+    return picture.transform(size, Image.Transform.EXTENT, box, resampling)
 
 
 class TrainingStream(Dataset):
@@ -232,9 +231,9 @@ class TrainingStream(Dataset):
 
     Samples 0 to N - 1 show the N photographs in a random order, N to 2 N - 1 in another. Each
     sample is a random crop of a photograph that is resized by a random factor. Its colors are
-    changed, and half of the samples are mirrored. This augmentation follows mmsegmentation 1.2.2. A
-    crop that reaches beyond the photograph is filled up with PADDING and VOID. (With Cityscapes and
-    the default crop none does.) Raises DataError, like read_pair."""
+    changed, and half of the samples are mirrored. Where the resized photograph is smaller than the
+    crop, the rest is PADDING and VOID. (In Cityscapes, with the default crop, it never is.) This
+    augmentation follows mmsegmentation 1.2.2. Raises DataError, like read_pair."""
 
     def __init__(self, dataset, crop_size=(512, 1024), seed=0):
         self.dataset, self.crop_size, self.seed = dataset, tuple(crop_size), seed
@@ -253,44 +252,39 @@ class TrainingStream(Dataset):
         rng = np.random.default_rng([self.seed, 1, k])
 
         box, cropped_label = self.choose_box(label, rng)
-        # What lies beyond the photograph is black for now.
-        crop = cut(picture, box, self.crop_size, Image.Resampling.BILINEAR, fill=0)
+        crop = resized_box(picture, box, cropped_label.size, Image.Resampling.BILINEAR)
         crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
-
-        # A box may reach beyond the right and the lower edge of the photograph. There PADDING is
-        # painted, now that the colors are changed. The same box of zeros, filled with 255, says
-        # where that is.
-        left, top, right, bottom = box
-        if right > picture.width or bottom > picture.height:
-            zeros = Image.new("L", picture.size, 0)
-            outside = cut(zeros, box, self.crop_size, Image.Resampling.NEAREST, fill=255)
-            crop.paste(PADDING, mask=outside)  # paints where it is 255
-
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
+
+        # Where the crop is not full yet: the widths of a border at left, top, right and bottom
+        crop_height, crop_width = self.crop_size
+        border = 0, 0, crop_width - crop.width, crop_height - crop.height
+        crop = ImageOps.expand(crop, border, PADDING)
+        cropped_label = ImageOps.expand(cropped_label, border, VOID)
         return to_tensors(crop, cropped_label)
 
     def choose_box(self, label, rng):
         """Where to crop a photograph, of which this is the label. Returns the box, and the label in
-        this box, resized to the size of the crop. (The label is cut here already, because a box is
-        chosen by what the label shows in it.)
+        this box, resized. (The label is cut here already, because a box is chosen by what the label
+        shows in it.)
 
         The recipe says: resize the photograph by a random factor of 0.5 to 2, then cut out a crop.
-        Instead we cut out a box of the photograph as it is, and resize the box to the size of the
-        crop. That shows the same, for less work. At factor 2 a crop of 512x1024 shows a box of
-        256x512 pixels."""
+        Instead we cut out a box of the photograph as it is, and resize the box by the factor. That
+        shows the same, for less work. At factor 2 a crop of 512x1024 shows a box of 256x512 pixels.
+        Where the photograph is smaller than this box, we cut out all of it."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
-        box_height, box_width = crop_height / scale, crop_width / scale
+        width, height = min(crop_width / scale, label.width), min(crop_height / scale, label.height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))  # of the resized box
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
         # labeled pixels, try again. The eleventh box is taken as it is. (In mmsegmentation this is
         # called cat_max_ratio.)
         for _ in range(11):
-            # A photograph that is smaller than the box lies in its upper left corner.
-            left = rng.uniform(0, max(0, label.width - box_width))
-            top = rng.uniform(0, max(0, label.height - box_height))
-            box = left, top, left + box_width, top + box_height
-            cropped_label = cut(label, box, self.crop_size, Image.Resampling.NEAREST, VOID)
+            left = rng.uniform(0, label.width - width)
+            top = rng.uniform(0, label.height - height)
+            box = left, top, left + width, top + height
+            cropped_label = resized_box(label, box, size, Image.Resampling.NEAREST)
             labeled = cropped_label.histogram()[:VOID]  # the number of pixels of each train id
             if max(labeled) < 0.75 * sum(labeled):
                 break
