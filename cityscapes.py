@@ -130,8 +130,8 @@ class Cityscapes(Dataset):
         self.label_paths = paths_by_name(Path(root, kind, split), f"_{kind}_labelIds.png")
         unpaired = set(self.names) ^ set(self.label_paths)  # names that only one of them has
         if unpaired and split != "test":
-            raise DataError(f"{len(unpaired)} names of {split} have an image without a label, or a "
-                            f"label (*_{kind}_labelIds.png) without an image: {min(unpaired)}, ...")
+            raise DataError(f"{len(unpaired)} names of {split} are of a photograph without a "
+                            f"label (*_{kind}_labelIds.png), or the reverse: {min(unpaired)}, ...")
 
     def __len__(self):
         return len(self.names)
@@ -156,7 +156,7 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        raise  # The first ends a loop over the data set. The second has its sentence already.
+        raise  # An IndexError ends a `for` loop. A DataError says already what is wrong.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
@@ -165,7 +165,7 @@ def read_pair(dataset, i):
         raise DataError(f"number {i} of the data set must be of modes RGB and L (or P), and of one "
                         f"size: it is {picture.mode} {picture.size}, {label.mode} {label.size}")
     counts = label.histogram()  # the number of pixels that have the value 0, 1, ... 255
-    if any(counts[len(dataset.classes):VOID]):
+    if any(counts[len(dataset.classes):VOID]):  # values that are neither a class nor void
         raise DataError(f"number {i} of the data set: its label has values that are neither one of "
                         f"{len(dataset.classes)} classes, from 0 on, nor {VOID}, void")
     return picture, label
@@ -241,9 +241,8 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # A generator may have a list as its seed. The 0 here and the 1 in __getitem__ only make
-        # sure that orders and crops never come from the same seed. (The order is drawn anew for
-        # each sample. It takes 0.1 ms, and there is nothing to remember.)
+        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (An
+        # order is drawn anew for each sample of its epoch. So there is nothing to remember.)
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -251,7 +250,7 @@ class TrainingStream(Dataset):
         picture, label = read_pair(self.dataset, self.index(k))
         rng = np.random.default_rng([self.seed, 1, k])
 
-        box, cropped_label = self.choose_box(label, rng)
+        box, cropped_label = self.choose_crop(label, rng)
         crop = resized_box(picture, box, cropped_label.size, Image.Resampling.BILINEAR)
         crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
         if rng.random() < 0.5:
@@ -264,7 +263,7 @@ class TrainingStream(Dataset):
         cropped_label = ImageOps.expand(cropped_label, border, VOID)
         return to_tensors(crop, cropped_label)
 
-    def choose_box(self, label, rng):
+    def choose_crop(self, label, rng):
         """Where to crop a photograph, of which this is the label. Returns the box, and the label in
         this box, resized. (The label is cut here already, because a box is chosen by what the label
         shows in it.)
@@ -285,8 +284,8 @@ class TrainingStream(Dataset):
             top = rng.uniform(0, label.height - height)
             box = left, top, left + width, top + height
             cropped_label = resized_box(label, box, size, Image.Resampling.NEAREST)
-            labeled = cropped_label.histogram()[:VOID]  # the number of pixels of each train id
-            if max(labeled) < 0.75 * sum(labeled):
+            counts = cropped_label.histogram()[:VOID]  # the number of pixels of each class
+            if max(counts) < 0.75 * sum(counts):
                 break
         return box, cropped_label
 

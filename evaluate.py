@@ -42,10 +42,11 @@ def argmax_class(scores):
 
 
 def autocast(device, precision):
-    """A context in which the large operations of a network compute in "bf16" or "fp16". With "fp32"
-    it does nothing. (In fp32 the convolutions of PyTorch use TF32 on recent GPUs.)"""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    """A context in which the large operations of a network compute in half precision, "bf16" or
+    "fp16". With "fp32" it does nothing. (PyTorch's own convolutions then use TF32 on recent GPUs.)
+    """
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
 def confusion_matrix(label, prediction, num_classes):
@@ -88,12 +89,12 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is left in eval mode. (It must not be wrapped in DistributedDataParallel, which waits in
-    each forward for all processes: one may have no image left.) predict_image(net, image) -> train
-    ids (H, W) may be another function than `predict`. If a function `save` is given,
-    save(i, image, prediction) is called for each image i. If there are several processes
-    (start_process, below, connects them), each must call `evaluate`, and each gets the whole
-    matrix. Raises DataError, like read_pair."""
+    `net` is left in eval mode. predict_image(net, image) -> train ids (H, W) may be another
+    function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
+    each image i. Raises DataError, like read_pair.
+
+    With several processes (start_process, below, connects them) each must call `evaluate`, and each
+    gets the whole matrix. `net` must not be wrapped in DistributedDataParallel there."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()

@@ -26,24 +26,28 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 # The ResNet, and what dilation is for -----------------------------------------------------------
 #
-# In the original ResNet (He et al., CVPR 2016) each of the stages 2, 3 and 4 halves the resolution.
-# Positions that are neighbors on the map of stage 2 are 8 pixels of the image apart. On the map of
-# stage 3 they are 16 pixels apart, on that of stage 4 32 pixels. Here stages 3 and 4 keep the
-# resolution of stage 2, because a map of classes needs it. Neighbors stay 8 pixels apart.
+# A ResNet (He et al., CVPR 2016) has a few first layers, and then four stages. A stage is a row of
+# blocks. The first layers make the map four times smaller than the image. Stage 1 keeps its size.
+# In the original each of the stages 2, 3 and 4 halves it again. So positions that are neighbors on
+# the map of stage 2 are 8 pixels of the image apart, on that of stage 3 16, on that of stage 4 32.
+# Here stages 3 and 4 keep the size of stage 2, because a map of classes needs the resolution.
+# Neighbors stay 8 pixels apart.
 #
 # But the weights come from an original ResNet. There a 3x3 convolution has learned to read
 # positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
-# dilation d reads every d-th position, here 8 * d pixels apart.
+# dilation d reads every d-th position, here 8 * d pixels apart. So d is the quotient of two
+# distances: the one that was learned, and the 8 pixels of a neighbor here.
 #
-# A stage is a row of blocks. Its first block reads the map of the stage before. (In the original it
-# has a stride, and so makes the map smaller for the blocks that follow.)
+#     3x3 convolution of       learned distance    distance of neighbors    dilation
+#     stage 3, first block      8 pixels           8 pixels                 1
+#     stage 3, other blocks    16                  8                        2
+#     stage 4, first block     16                  8                        2
+#     stage 4, other blocks    32                  8                        4
 #
-#     The 3x3 convolution of          in the original reads        neighbors are here    so its
-#                                     positions at a distance of   at a distance of      dilation is
-#     stage 3, first block            8 pixels                     8 pixels              1
-#     stage 3, other blocks           16                           8                     2
-#     stage 4, first block            16                           8                     2
-#     stage 4, other blocks           32                           8                     4
+# The first block of a stage has learned a smaller distance than the others, because it reads the
+# map of the stage before. In the original its 3x3 convolution has a stride of 2, which makes the
+# map smaller only for the layers behind it. (That is the form in which PyTorch has ResNets. In the
+# paper a 1x1 convolution of the block has the stride.)
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -56,8 +60,8 @@ def shortcut(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels between
-    them. (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
+    """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels of
+    both. x (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
     the stride and the dilation, as in mmsegmentation. (So the second reads other distances than its
     weights have learned. ResNet-50 and 101 have no such convolution.)"""
 
@@ -66,11 +70,11 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels, width, stride=1, dilation=1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=dilation,
-                               dilation=dilation, bias=False)
+                               dilation=dilation, bias=False)  # This padding keeps the size.
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        nn.init.zeros_(self.bn2.weight)  # At first the block only passes its shortcut on.
+        nn.init.zeros_(self.bn2.weight)  # A new block adds 0 to its shortcut.
         self.downsample = shortcut(in_channels, width, stride)
 
     def forward(self, x):
@@ -82,8 +86,8 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut (ResNet-50, 101). `width` is the number of
-    channels between them. (B, in_channels, H, W) -> (B, 4 * width, H/stride, W/stride). The 3x3
-    convolution has the stride and the dilation."""
+    channels of the 3x3 one, which has the stride and the dilation. x (B, in_channels, H, W) ->
+    (B, 4 * width, H/stride, W/stride)."""
 
     expansion = 4
 
@@ -96,7 +100,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        nn.init.zeros_(self.bn3.weight)  # At first the block only passes its shortcut on.
+        nn.init.zeros_(self.bn3.weight)  # A new block adds 0 to its shortcut.
         self.downsample = shortcut(in_channels, 4 * width, stride)
 
     def forward(self, x):
@@ -174,8 +178,8 @@ class ResNet(nn.Module):
 
 
 class ConvBNReLU(nn.Sequential):
-    """A convolution that keeps the size, then batch norm, then ReLU. There is no forward here. That
-    of nn.Sequential runs the three modules below, in the order in which they are assigned."""
+    """A convolution that keeps the size, then batch norm, then ReLU. nn.Sequential has a `forward`:
+    it runs the three modules below, in the order in which they are assigned."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
@@ -187,10 +191,15 @@ class ConvBNReLU(nn.Sequential):
 
 class PyramidHead(nn.Module):
     """Pyramid pooling and classifier (section 3.2, figure 3): x (B, C, h, w) -> logits (B,
-    num_classes, h, w). Each number k in `bins` is a level of the pyramid: it divides the map x into
-    a grid of k by k regions, and averages the features of each region. So k = 1 averages the whole
-    map. (Where k does not divide h, regions share rows. For h = 64 and k = 6 the first region has
-    the rows 0 to 10, and the second 10 to 21.) With bins=() there is no pyramid."""
+    num_classes, h, w).
+
+    Each number k in `bins` is a level of the pyramid. A level divides the map x into a grid of k by
+    k regions, and averages the features of each region. So k = 1 averages the whole map. A 1x1
+    convolution reduces the averages to a quarter of the channels, and interpolation stretches them
+    to h x w. The map x and all levels are stacked. A 3x3 convolution and a classifier follow.
+
+    Where k does not divide h, regions share rows: for h = 64 and k = 6 the first region has the
+    rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -219,8 +228,8 @@ class PyramidHead(nn.Module):
 
 class AuxiliaryHead(nn.Sequential):
     """A second classifier, on stage 3: x (B, C, h, w) -> logits (B, num_classes, h, w). Its loss
-    helps to train a deep network (section 4, figure 4), and it is used for nothing else. Its
-    forward, too, is that of nn.Sequential."""
+    helps to train a deep network (section 4, figure 4), and it is used for nothing else. It, too,
+    has the `forward` of nn.Sequential."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -243,7 +252,7 @@ class PSPNet(nn.Module):
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
 
-    Head = PyramidHead  # FastPSPNet, below the lesson, puts a faster class in its place.
+    Head = PyramidHead  # the class of the head. FastPSPNet, below the lesson, has a faster one.
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
@@ -256,7 +265,8 @@ class PSPNet(nn.Module):
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
-        # The initial values are those of mmsegmentation. (Those of batch norm stay as they are.)
+        # The initial values are those of mmsegmentation. Batch norm keeps its own: weight 1 (at the
+        # end of a block 0, see there), and bias 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -305,7 +315,7 @@ def averaging_matrix(h, w, k, like):
     row_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), h, like)  # (k, h)
     column_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), w, like)  # (k, w)
     weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]  # (k, k, h, w)
-    return weights.flatten(2).flatten(0, 1)
+    return weights.reshape(k * k, h * w)
 
 
 def interpolation_matrix(length, new_length, like):
@@ -344,16 +354,18 @@ class FastPyramidHead(PyramidHead):
         channels = [in_channels] + [in_channels // 4] * len(self.bins)  # of x and of each level
         weight_of_x, *weights = self.bottleneck.conv.weight.split(channels, dim=1)
         means = self.averages(x)
-        levels = 0  # the sum of their convolutions
+        pyramid = 0  # the sum of the convolutions of all levels, (B, 512, h, w) in ResNet-50
         for level, k in enumerate(self.bins):
             # [0] of a module averages, which `averages` has done. [1] is ConvBNReLU.
             p = self.psp_modules[level][1](means[level])  # [b, i, m, n], b: the image of the batch
             R = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: see shifts
             S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
-            q = torch.einsum("oiuv,bimn->bouvmn", weights[level], p)  # the sum over i
-            q = torch.einsum("bouvmn,rum->borvn", q, R)  # the sum over u and m: rows
-            levels = levels + torch.einsum("borvn,cvn->borc", q, S)  # over v and n: columns
-        y = F.conv2d(x, weight_of_x, padding=1) + levels
+            # The sum over i: (B, 512, 3, 3, k, k). That over u and m, rows: (B, 512, h, 3, k). That
+            # over v and n, columns: (B, 512, h, w).
+            q = torch.einsum("oiuv,bimn->bouvmn", weights[level], p)
+            q = torch.einsum("bouvmn,rum->borvn", q, R)
+            pyramid = pyramid + torch.einsum("borvn,cvn->borc", q, S)
+        y = F.conv2d(x, weight_of_x, padding=1) + pyramid
         y = F.relu(self.bottleneck.bn(y), inplace=True)
         return self.conv_seg(self.dropout(y))
 

@@ -10,13 +10,13 @@ is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, whi
 mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON at the start, every 10 iterations, and at each validation
+    log.jsonl           a line of JSON at the start, every 10 iterations, and with each other file
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
 same samples and the same dropout, as if it had not been killed. On a CPU the weights at the end are
-then the same to the last bit. (The number of processes must be the same. After a kill log.jsonl has
-some iterations twice. The later line counts.)
+then the same to the last bit, if the number of processes is. (After a kill log.jsonl has some
+iterations twice. The later line counts.)
 """
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def poly_lr(iteration, iters, base_lr=0.01):
 def segmentation_loss(logits, labels):
     """Cross entropy: logits (B, C, H, W), labels (B, H, W) of train ids, int64, 255 void -> scalar.
 
-    Void pixels add 0 to the sum, but are counted in the mean (mmsegmentation's
+    It is the mean over all pixels. Void pixels are counted, with a loss of 0 (mmsegmentation's
     avg_non_ignore=False). This has two reasons. A batch without labels has loss 0, not 0/0. And the
     mean of the losses of several processes is the loss of the whole batch, because each process
     divides by the same number of pixels."""
@@ -63,13 +63,14 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
 
 def main(argv=None):
     # `device` is the GPU or CPU of this process, `rank` its number, `world` how many there are.
+    # The functions parse_args and data_sets, and the class Run, stand below the lesson.
     device, rank, world = start_process()
-    args = parse_args(device, world, argv)  # It stands below the lesson, like data_sets and Run.
+    args = parse_args(device, world, argv)
     train_set, val_set = data_sets(args)
 
-    # FastPSPNet computes what PSPNet computes, in less time. `net` is the plain network, which is
-    # evaluated and saved. `model`, below, is the same network, wrapped for several processes.
-    torch.manual_seed(args.seed % 2**32)
+    # FastPSPNet is PSPNet, only faster. `net` is the network itself, which is evaluated and saved.
+    # `model`, below, is the same network, wrapped for several processes.
+    torch.manual_seed(args.seed % 2**64)  # a seed has 64 bits
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -78,8 +79,9 @@ def main(argv=None):
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    # A Run knows what is written to the folder --out, and how. It loads weights of ImageNet, or
-    # with --resume the latest checkpoint. `start` is how many iterations are finished already.
+    # A Run knows what is written to the folder --out, and how. load_or_resume gives the backbone
+    # its weights of ImageNet, or with --resume everything that the latest checkpoint holds. `start`
+    # is how many iterations are finished already.
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
     start = run.load_or_resume()
     model = net
@@ -103,18 +105,18 @@ def main(argv=None):
             group["lr"] = lr
         # Each iteration and process has its own seed, so that a resumed run drops out the same.
         dropout_seed = (args.seed * args.iters + iteration) * world + rank
-        torch.manual_seed(dropout_seed % 2**32)
+        torch.manual_seed(dropout_seed % 2**64)
 
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True).long()  # cross_entropy needs int64
         loss = training_step(model, images, labels, optimizer, scaler, args.precision)
-        run.losses.append(loss)  # stays on the GPU: to read it we would have to wait
+        run.losses.append(loss)  # a tensor: to read its value we would have to wait for the GPU
 
         step = iteration + 1  # how many iterations are finished
         validating = step % args.val_every == 0 or step == args.iters
         saving = validating or step % args.save_every == 0
         if saving or step % 10 == 0:
-            run.log_losses(step, lr, bar)  # their mean; ends a run that diverges before it is saved
+            run.log_losses(step, lr, bar)  # their mean. If it is not finite, the run ends unsaved.
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
             net.train()  # validate has left it in eval mode
@@ -182,7 +184,7 @@ def parse_args(device, world, argv):
     add("--coarse", action="store_true", help="train on train_extra's coarse labels as well")
     add("--resume", action="store_true", help="go on from last.pt in --out, or start without one")
     args = parser.parse_args(argv)
-    # In the 1x1 level each image gives one value per channel, and batch norm needs at least two. On
+    # In the level k = 1 each image gives one value per channel. Batch norm needs at least two. On
     # GPUs SyncBatchNorm counts the images of all processes. On CPUs each process is on its own.
     least = 2 * world if device.type == "cpu" else 2
     if args.batch_size % world or args.batch_size < least:
@@ -216,11 +218,12 @@ def load_first_weights(net, args, class_names):
     classifiers, main and auxiliary, stay new. Raises CheckpointError for another network."""
     if args.init:
         other = load_net(args.init)
-        same_network = {**other.arguments, "num_classes": len(class_names)} == net.arguments
-        if not same_network:
-            raise CheckpointError(f"--init {args.init} is another network: {other.arguments}")
+        theirs, ours = other.arguments, net.arguments
+        if (theirs["backbone"], theirs["bins"]) != (ours["backbone"], ours["bins"]):
+            raise CheckpointError(f"--init {args.init} is another network: {theirs}")
         weights, own_weights = other.state_dict(), net.state_dict()
-        if other.arguments != net.arguments or other.class_names not in (None, class_names):
+        same_number = theirs["num_classes"] == ours["num_classes"]
+        if not same_number or other.class_names not in (None, class_names):
             print(f"{args.init} knows other classes: the two classifiers start at random")
             weights.update({key: own_weights[key] for key in weights if ".conv_seg." in key})
         net.load_state_dict(weights)

@@ -161,7 +161,7 @@ from PIL import ImageDraw
 k = 12
 picture, label = train_set[stream.index(k)]
 rng = np.random.default_rng([stream.seed, 1, k])
-box, cropped_label = stream.choose_box(label, rng)
+box, cropped_label = stream.choose_crop(label, rng)
 crop = resized_box(picture, box, cropped_label.size, bilinear)
 changed = crop.convert("RGB", stream.choose_colors(rng))
 ImageDraw.Draw(picture).rectangle(box, outline="red", width=3)
