@@ -129,7 +129,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(runs, processes, toy, tmp_pat
 
 @pytest.mark.parametrize(("processes", "tolerance"), [(1, 1e-4), (2, 1e-2)])
 def test_the_script_takes_the_steps_of_the_recipe(runs, processes, tolerance, toy):
-    """(Two images in a process: batch norm of the 1x1 level makes rounding larger.)"""
+    """(Two images in a process: batch norm of the level k = 1 makes rounding larger.)"""
     torch.manual_seed(0)
     net = FastPSPNet(backbone="resnet18").train()
     first, momenta = [weight.detach().clone() for weight in net.parameters()], {}
