@@ -277,10 +277,11 @@ def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path,
 
 @pytest.mark.parametrize(("precision", "scale", "bins"), [
     ("bf16", None, []), ("fp16", 8.0, [1, 2, 4, 8])])
-def test_coarse_labels_half_precision_and_other_bins_resume(tmp_path, precision, scale, bins):
+def test_coarse_labels_half_precision_bins_and_a_long_seed_resume(tmp_path, precision, scale, bins):
     draw_cityscapes(tmp_path, {"train": 4, "val": 1, "train_extra": 3}, (16, 32))
-    options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --iters 2"
-    command = f"--data {tmp_path} --out {tmp_path}/run {SMALL} --crop 8 8 --batch-size 2 {options}"
+    options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --seed {2**64}"
+    command = (f"--data {tmp_path} --out {tmp_path}/run {SMALL} --iters 2 --crop 8 8 --batch-size 2 "
+               f"{options}")
     train.main(command.split())
     best, last = tmp_path / "run/best.pt", tmp_path / "run/last.pt"
     content, checkpoint = best.read_bytes(), torch.load(last)
@@ -306,10 +307,11 @@ def test_init_takes_all_but_classifiers_of_other_classes(tmp_path, num_classes, 
         assert torch.equal(value, theirs[name]) == (same or ".conv_seg." not in name), name
 
 
-def test_init_refuses_another_network(small, tmp_path):
-    net = PSPNet(19, "resnet18", bins=[1, 2])
+@pytest.mark.parametrize(("backbone", "bins"), [("resnet18", "1, 2"), ("resnet50", "1, 2, 3, 6")])
+def test_init_refuses_another_network(small, tmp_path, backbone, bins):
+    net = PSPNet(19, backbone, [int(k) for k in bins.split(", ")])
     torch.save({"state_dict": net.state_dict(), "model": net.arguments}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="is another network.*'bins': .1, 2.}"):
+    with pytest.raises(CheckpointError, match=f"another network.*'{backbone}', 'bins': .{bins}.}}"):
         train.main(f"{small} --init {tmp_path}/other.pt".split())
 
 
