@@ -280,8 +280,8 @@ def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path,
 def test_coarse_labels_half_precision_bins_and_a_long_seed_resume(tmp_path, precision, scale, bins):
     draw_cityscapes(tmp_path, {"train": 4, "val": 1, "train_extra": 3}, (16, 32))
     options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --seed {2**64}"
-    command = (f"--data {tmp_path} --out {tmp_path}/run {SMALL} --iters 2 --crop 8 8 --batch-size 2 "
-               f"{options}")
+    command = (f"--data {tmp_path} --out {tmp_path}/run {SMALL} {options} --iters 2 --crop 8 8 "
+               "--batch-size 2")
     train.main(command.split())
     best, last = tmp_path / "run/best.pt", tmp_path / "run/last.pt"
     content, checkpoint = best.read_bytes(), torch.load(last)
