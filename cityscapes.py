@@ -156,7 +156,7 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        raise  # An IndexError ends a `for` loop. A DataError says already what is wrong.
+        raise  # By an IndexError `for` finds the end. A DataError says already what is wrong.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
@@ -216,8 +216,8 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
 
 def resized_box(picture, box, size, resampling):
     """A box of a picture, (left, top, right, bottom) in pixels with fractions, resized to `size`,
-    (width, height). (Pillow's `resize` would also blur what becomes smaller. The recipe does not.)
-    """
+    (width, height). (Pillow's `resize` would also blur what becomes smaller. mmsegmentation does
+    not.)"""
     return picture.transform(size, Image.Transform.EXTENT, box, resampling)
 
 
@@ -241,8 +241,8 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (An
-        # order is drawn anew for each sample of its epoch. So there is nothing to remember.)
+        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (For
+        # each sample of an epoch the same order is computed again: there is nothing to remember.)
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -256,7 +256,7 @@ class TrainingStream(Dataset):
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
 
-        # Where the crop is not full yet: the widths of a border at left, top, right and bottom
+        # What a small photograph leaves free: a border at the left, top, right and bottom
         crop_height, crop_width = self.crop_size
         border = 0, 0, crop_width - crop.width, crop_height - crop.height
         crop = ImageOps.expand(crop, border, PADDING)
@@ -268,13 +268,15 @@ class TrainingStream(Dataset):
         this box, resized. (The label is cut here already, because a box is chosen by what the label
         shows in it.)
 
-        The recipe says: resize the photograph by a random factor of 0.5 to 2, then cut out a crop.
-        Instead we cut out a box of the photograph as it is, and resize the box by the factor. That
-        shows the same, for less work. At factor 2 a crop of 512x1024 shows a box of 256x512 pixels.
-        Where the photograph is smaller than this box, we cut out all of it."""
+        mmsegmentation resizes the photograph by a random factor of 0.5 to 2, and then cuts out a
+        crop. Instead we cut out a box of the photograph as it is, and resize the box by the factor.
+        That shows the same, for less work. A crop of 512x1024 shows a box of 256x512 pixels at
+        factor 2, and of 1024x2048 at factor 0.5. Where the photograph is smaller than the box, we
+        cut out all of it."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
-        width, height = min(crop_width / scale, label.width), min(crop_height / scale, label.height)
+        width = min(crop_width / scale, label.width)  # of the box
+        height = min(crop_height / scale, label.height)
         size = max(1, round(width * scale)), max(1, round(height * scale))  # of the resized box
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
         # labeled pixels, try again. The eleventh box is taken as it is. (In mmsegmentation this is
@@ -359,11 +361,11 @@ def check_classes(classes):
 
 
 def at_least(least, kind=int):
-    """A type for argparse: a finite number of this kind that is not below `least`."""
+    """A type for argparse: a number of this kind, from `least` to a billion."""
     def number(text):
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        if not least <= value <= 10**9:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to 10**9")
         return value
     return number
 

@@ -43,8 +43,8 @@ def argmax_class(scores):
 
 def autocast(device, precision):
     """A context in which the large operations of a network compute in half precision, "bf16" or
-    "fp16". With "fp32" it does nothing. (PyTorch's own convolutions then use TF32 on recent GPUs.)
-    """
+    "fp16". With "fp32" it does nothing. (On recent GPUs PyTorch's convolutions then round what they
+    multiply to TF32, which has 10 bits.)"""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
@@ -94,7 +94,8 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     each image i. Raises DataError, like read_pair.
 
     With several processes (start_process, below, connects them) each must call `evaluate`, and each
-    gets the whole matrix. `net` must not be wrapped in DistributedDataParallel there."""
+    gets the whole matrix. `net` is not wrapped in DistributedDataParallel: that waits in each
+    forward for all processes, and one may have no image left."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
@@ -105,7 +106,7 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for i, (image, label) in zip(share, pairs, strict=True):
+    for i, (image, label) in zip(share, pairs, strict=True):  # i: the number of the image
         prediction = predict_image(net, image.to(device))
         matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:
@@ -234,8 +235,8 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
 
 def start_process():
     """Give this process its GPU, and connect it with the others, if there are any. Returns (device,
-    rank, world): the GPU, or the CPU; its number; how many processes there are. Raises DataError
-    where there are fewer GPUs than processes."""
+    rank, world): the GPU, or the CPU; the number of the process; how many processes there are.
+    Raises DataError where there are fewer GPUs than processes."""
     rank, world = rank_and_world()
     device = torch.device("cpu")
     if torch.cuda.is_available():

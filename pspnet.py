@@ -3,8 +3,8 @@
     net = PSPNet(num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6))
     logits, aux_logits = net(images)  # images: RGB, (B, 3, H, W), 0..255; logits: (B, 19, H, W)
 
-The task is semantic segmentation: name the class of every pixel of a photograph. The same shape is
-a boat on a river and a car on a street: only the rest of the scene tells which. PSPNet therefore
+The task is semantic segmentation: name the class of every pixel of a photograph. The same shape can
+be a boat on a river or a car on a street: only the rest of the scene tells which. PSPNet therefore
 has two parts. A ResNet computes features at one eighth of the photograph's resolution. Then a head
 divides this map of features into 1, 2x2, 3x3 and 6x6 regions, and averages the features of each
 region. Every position gets the averages of the regions in which it lies, blended with those of the
@@ -33,21 +33,20 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Here stages 3 and 4 keep the size of stage 2, because a map of classes needs the resolution.
 # Neighbors stay 8 pixels apart.
 #
-# But the weights come from an original ResNet. There a 3x3 convolution has learned to read
-# positions that are 16 or 32 pixels apart. Dilation restores this distance. A 3x3 convolution of
-# dilation d reads every d-th position, here 8 * d pixels apart. So d is the quotient of two
-# distances: the one that was learned, and the 8 pixels of a neighbor here.
+# But the weights come from an original ResNet. There the 3x3 convolutions of stages 3 and 4 have
+# learned to read positions that are 8, 16 or 32 pixels apart. It is 8 in the first block of stage 3
+# and 16 in that of stage 4, because a first block still reads the map of the stage before. (Its 3x3
+# convolution has a stride of 2, which makes the map smaller for what follows. So it is in PyTorch.
+# In the paper a 1x1 convolution of the block has the stride.)
 #
-#     3x3 convolution of       learned distance    distance of neighbors    dilation
+# Dilation restores the distance that was learned. A 3x3 convolution of dilation d reads every d-th
+# position, here 8 * d pixels apart.
+#
+#     3x3 convolution of       learned distance    distance of neighbors    dilation, the quotient
 #     stage 3, first block      8 pixels           8 pixels                 1
 #     stage 3, other blocks    16                  8                        2
 #     stage 4, first block     16                  8                        2
 #     stage 4, other blocks    32                  8                        4
-#
-# The first block of a stage has learned a smaller distance than the others, because it reads the
-# map of the stage before. In the original its 3x3 convolution has a stride of 2, which makes the
-# map smaller only for the layers behind it. (That is the form in which PyTorch has ResNets. In the
-# paper a 1x1 convolution of the block has the stride.)
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -62,15 +61,16 @@ def shortcut(in_channels, out_channels, stride):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels of
     both. x (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
-    the stride and the dilation, as in mmsegmentation. (So the second reads other distances than its
-    weights have learned. ResNet-50 and 101 have no such convolution.)"""
+    the stride and the dilation. (So the second reads other distances than its weights have learned.
+    We keep that, because mmsegmentation has it. ResNet-50 and 101 have no such convolution.)"""
 
     expansion = 1  # the number of output channels divided by `width`
 
     def __init__(self, in_channels, width, stride=1, dilation=1):
         super().__init__()
+        # With this padding only the stride changes the size.
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=dilation,
-                               dilation=dilation, bias=False)  # This padding keeps the size.
+                               dilation=dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -215,7 +215,7 @@ class PyramidHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x):
-        parts = [x]  # in ResNet-50 (B, 2048, h, w)
+        parts = [x]  # x is (B, 2048, h, w) in ResNet-50.
         for average_and_conv in self.psp_modules:
             p = average_and_conv(x)  # one vector for each region: (B, 512, k, k)
             # Every position gets the vector of its region, blended with those of regions beside it.
@@ -247,7 +247,8 @@ class PSPNet(nn.Module):
 
     In eval mode aux_logits is None. In train mode B must be at least 2. The reason is the level
     k = 1: there a channel has a single value per image, and batch norm can't compute a variance
-    from one value. (Without 1 among the bins B may be 1.)
+    from one value. (Without 1 among the bins B may be 1. And on several GPUs the batch norm that
+    train.py uses counts the images of all of them.)
 
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
@@ -265,8 +266,8 @@ class PSPNet(nn.Module):
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
-        # The initial values are those of mmsegmentation. Batch norm keeps its own: weight 1 (at the
-        # end of a block 0, see there), and bias 0.
+        # The initial values are those of mmsegmentation. Batch norm keeps its own: bias 0,
+        # and weight 1 (but 0 where a block ends).
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -15,8 +15,8 @@ mIoU on val. README.md lists what differs from that and from the paper. The fold
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
 same samples and the same dropout, as if it had not been killed. On a CPU the weights at the end are
-then the same to the last bit, if the number of processes is. (After a kill log.jsonl has some
-iterations twice. The later line counts.)
+then the same to the last bit. (That takes the same number of processes. After a kill log.jsonl has
+some iterations twice. The later line counts.)
 """
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def segmentation_loss(logits, labels):
     It is the mean over all pixels. Void pixels are counted, with a loss of 0 (mmsegmentation's
     avg_non_ignore=False). This has two reasons. A batch without labels has loss 0, not 0/0. And the
     mean of the losses of several processes is the loss of the whole batch, because each process
-    divides by the same number of pixels."""
+    divides by the same number of pixels. (By default cross_entropy divides by the labeled ones.)"""
     return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
 
 
@@ -70,7 +70,7 @@ def main(argv=None):
 
     # FastPSPNet is PSPNet, only faster. `net` is the network itself, which is evaluated and saved.
     # `model`, below, is the same network, wrapped for several processes.
-    torch.manual_seed(args.seed % 2**64)  # a seed has 64 bits
+    torch.manual_seed(args.seed)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -93,7 +93,7 @@ def main(argv=None):
     # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out like cards. Of
     # two processes, with 8 a batch, process 0 gets 24, 26, 28 and 30 in iteration 3.
     stream = TrainingStream(train_set, args.crop, args.seed)
-    samples = range(start * args.batch_size, args.iters * args.batch_size)[rank::world]
+    samples = range(start * args.batch_size + rank, args.iters * args.batch_size, world)
     loader = DataLoader(stream, args.batch_size // world, sampler=samples,
                         num_workers=args.workers, pin_memory=device.type != "cpu")
     bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
@@ -103,9 +103,8 @@ def main(argv=None):
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Each iteration and process has its own seed, so that a resumed run drops out the same.
-        dropout_seed = (args.seed * args.iters + iteration) * world + rank
-        torch.manual_seed(dropout_seed % 2**64)
+        # Each iteration and process has its own seed, so that a resumed run has the same dropout.
+        torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
 
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True).long()  # cross_entropy needs int64

@@ -90,6 +90,13 @@ def test_batches_that_processes_cannot_share_are_a_mistake(device, world, batch_
         train.parse_args(torch.device(device), world, ["--batch-size", str(batch_size)])
 
 
+@pytest.mark.parametrize("option", ["--iters 0", "--iters 1.5", "--lr -1", "--lr nan", "--lr inf",
+                                    f"--seed {10**9 + 1}"])
+def test_numbers_out_of_range_are_a_mistake(option):
+    with pytest.raises(SystemExit):
+        train.parse_args(torch.device("cpu"), 1, option.split())
+
+
 # Whole runs ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory):
@@ -267,7 +274,7 @@ def test_processes_with_different_options_do_not_start(runs, toy, small, tmp_pat
 
 def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="the loss is (nan|inf).*lower --lr"):
-        train.main(f"{small} --iters 4 --lr 1e30".split())
+        train.main(f"{small} --iters 4 --lr 1e9".split())
     assert not list(tmp_path.glob("run/*.pt"))
     monkeypatch.setattr(train, "poly_lr", lambda iteration, *_: [0.01, math.inf][iteration])
     with pytest.raises(FloatingPointError, match="weights are not finite.*lower --lr"):
@@ -277,11 +284,10 @@ def test_a_run_that_diverges_ends_and_saves_only_finite_weights(small, tmp_path,
 
 @pytest.mark.parametrize(("precision", "scale", "bins"), [
     ("bf16", None, []), ("fp16", 8.0, [1, 2, 4, 8])])
-def test_coarse_labels_half_precision_bins_and_a_long_seed_resume(tmp_path, precision, scale, bins):
+def test_coarse_labels_half_precision_and_other_bins_resume(tmp_path, precision, scale, bins):
     draw_cityscapes(tmp_path, {"train": 4, "val": 1, "train_extra": 3}, (16, 32))
-    options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --seed {2**64}"
-    command = (f"--data {tmp_path} --out {tmp_path}/run {SMALL} {options} --iters 2 --crop 8 8 "
-               "--batch-size 2")
+    options = f"--coarse --precision {precision} --bins {' '.join(map(str, bins))} --iters 2"
+    command = f"--data {tmp_path} --out {tmp_path}/run {SMALL} --crop 8 8 --batch-size 2 {options}"
     train.main(command.split())
     best, last = tmp_path / "run/best.pt", tmp_path / "run/last.pt"
     content, checkpoint = best.read_bytes(), torch.load(last)
