@@ -156,7 +156,7 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        raise  # By an IndexError `for` finds the end. A DataError says already what is wrong.
+        raise  # IndexError: i is beyond the end. DataError: it says already what is wrong.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
@@ -252,7 +252,8 @@ class TrainingStream(Dataset):
 
         box, cropped_label = self.choose_crop(label, rng)
         crop = resized_box(picture, box, cropped_label.size, Image.Resampling.BILINEAR)
-        crop = crop.convert("RGB", self.choose_colors(rng))  # multiplies by a color_matrix
+        # With a color_matrix, `convert` multiplies each color by it.
+        crop = crop.convert("RGB", self.choose_colors(rng))
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
 
@@ -270,17 +271,17 @@ class TrainingStream(Dataset):
 
         mmsegmentation resizes the photograph by a random factor of 0.5 to 2, and then cuts out a
         crop. Instead we cut out a box of the photograph as it is, and resize the box by the factor.
-        That shows the same, for less work. A crop of 512x1024 shows a box of 256x512 pixels at
-        factor 2, and of 1024x2048 at factor 0.5. Where the photograph is smaller than the box, we
-        cut out all of it."""
+        That shows nearly the same, for less work. A crop of 512x1024 shows a box of 256x512 pixels
+        at factor 2, and of 1024x2048 at factor 0.5. Where the photograph is smaller than the box,
+        we cut out all of it."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
         width = min(crop_width / scale, label.width)  # of the box
         height = min(crop_height / scale, label.height)
         size = max(1, round(width * scale)), max(1, round(height * scale))  # of the resized box
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
-        # labeled pixels, try again. The eleventh box is taken as it is. (In mmsegmentation this is
-        # called cat_max_ratio.)
+        # labeled pixels, or if there are none, try again. The eleventh box is taken as it is. (In
+        # mmsegmentation this is called cat_max_ratio.)
         for _ in range(11):
             left = rng.uniform(0, label.width - width)
             top = rng.uniform(0, label.height - height)

@@ -43,8 +43,8 @@ def argmax_class(scores):
 
 def autocast(device, precision):
     """A context in which the large operations of a network compute in half precision, "bf16" or
-    "fp16". With "fp32" it does nothing. (On recent GPUs PyTorch's convolutions then round what they
-    multiply to TF32, which has 10 bits.)"""
+    "fp16". With "fp32" it does nothing. (Even then PyTorch's convolutions round what they multiply
+    to 10 bits on recent GPUs: TF32.)"""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
@@ -89,9 +89,9 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
         matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
         print(f"{mean_iou(matrix):.4f}")
 
-    `net` is left in eval mode. predict_image(net, image) -> train ids (H, W) may be another
-    function than `predict`. If a function `save` is given, save(i, image, prediction) is called for
-    each image i. Raises DataError, like read_pair.
+    `net` is left in eval mode. `predict_image` is a function like `predict`: it takes net and image
+    and returns train ids (H, W). If a function `save` is given, save(i, image, prediction) is
+    called for each image i. Raises DataError for files that are wrong, like read_pair.
 
     With several processes (start_process, below, connects them) each must call `evaluate`, and each
     gets the whole matrix. `net` is not wrapped in DistributedDataParallel: that waits in each
@@ -99,7 +99,7 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
-    share = range(rank, len(dataset), world)
+    share = range(rank, len(dataset), world)  # the numbers of this process's images
     loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
                         batch_size=None)  # no batches, as sizes may differ: image is (3, H, W)
     pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
@@ -214,7 +214,8 @@ def predict_averaged(net, image, precision="fp32", scales=(1.0,), flip=False, ti
 
     Without tiles this follows mmsegmentation's test-time augmentation: it resizes logits, and then
     takes the softmax. With tiles it follows the authors' hszhao/semseg, tool/test.py: that takes
-    the softmax, and then resizes. (It also pads images that are smaller than a tile. We do not.)"""
+    the softmax, and then resizes. (It also pads images that are smaller than a tile, which we do
+    not, and mirrors each tile, where we mirror the image.)"""
     size = image.shape[1:]
     total = 0  # of the probabilities of all views, (1, C, H, W)
     for scale in scales:

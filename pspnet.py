@@ -203,7 +203,7 @@ class PyramidHead(nn.Module):
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # Each level has a quarter of the channels of x.
+        channels = in_channels // 4  # of each level, and of the 3x3 convolution's output
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList()
         for k in self.bins:
@@ -253,7 +253,7 @@ class PSPNet(nn.Module):
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
 
-    Head = PyramidHead  # the class of the head. FastPSPNet, below the lesson, has a faster one.
+    Head = PyramidHead  # what decode_head is made with. FastPSPNet, below, has a faster class here.
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
@@ -262,7 +262,7 @@ class PSPNet(nn.Module):
         # A buffer goes to the GPU with the network. These two are not saved with the weights.
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        channels = 512 * BACKBONES[backbone].block.expansion
+        channels = 512 * BACKBONES[backbone].block.expansion  # of stage 4; half of them in stage 3
         self.backbone = ResNet(backbone)
         self.decode_head = self.Head(channels, num_classes, bins)
         self.auxiliary_head = AuxiliaryHead(channels // 2, num_classes)
@@ -347,8 +347,8 @@ class FastPyramidHead(PyramidHead):
 
     There is no ReLU between the two. So this is a sum of products, which may be computed in any
     order. PyramidHead multiplies p, R and S first, and W last, at all h x w positions (64 x 128 for
-    a crop of 512x1024). Here W and p come first, on k x k cells (at most 36). Then R stretches the
-    rows, and S the columns."""
+    a crop of 512x1024). Here the sum over i comes first, of W and p on k x k cells (at most 36).
+    Then follow the sums with R over u and m, and with S over v and n."""
 
     def forward(self, x):
         _, in_channels, h, w = x.shape
@@ -359,13 +359,14 @@ class FastPyramidHead(PyramidHead):
         for level, k in enumerate(self.bins):
             # [0] of a module averages, which `averages` has done. [1] is ConvBNReLU.
             p = self.psp_modules[level][1](means[level])  # [b, i, m, n], b: the image of the batch
-            R = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: see shifts
-            S = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]
-            # The sum over i: (B, 512, 3, 3, k, k). That over u and m, rows: (B, 512, h, 3, k). That
-            # over v and n, columns: (B, 512, h, w).
+            rows = self.shifts(interpolation_matrix(k, h, x)).to(x.dtype)  # [r, u, m]: R[r+u-1, m]
+            columns = self.shifts(interpolation_matrix(k, w, x)).to(x.dtype)  # [c, v, n]: of S
+            # The sum over i: (B, 512, 3, 3, k, k)
             q = torch.einsum("oiuv,bimn->bouvmn", weights[level], p)
-            q = torch.einsum("bouvmn,rum->borvn", q, R)
-            pyramid = pyramid + torch.einsum("borvn,cvn->borc", q, S)
+            # The sum over u and m: (B, 512, h, 3, k)
+            q = torch.einsum("bouvmn,rum->borvn", q, rows)
+            # The sum over v and n: (B, 512, h, w)
+            pyramid = pyramid + torch.einsum("borvn,cvn->borc", q, columns)
         y = F.conv2d(x, weight_of_x, padding=1) + pyramid
         y = F.relu(self.bottleneck.bn(y), inplace=True)
         return self.conv_seg(self.dropout(y))

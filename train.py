@@ -10,7 +10,7 @@ is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, whi
 mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON at the start, every 10 iterations, and with each other file
+    log.jsonl           a line of JSON at the start, every 10 iterations, and with the other files
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
@@ -31,10 +31,10 @@ from pspnet import FastPSPNet
 
 def poly_lr(iteration, iters, base_lr=0.01):
     """The learning rate of an iteration, 0 to iters - 1. It falls from base_lr to base_lr / 100,
-    with power 0.9, as in mmengine 0.10.7, PolyLR. In the paper (section 5.1) it falls to 0. (max is
-    there for a run of one iteration.)"""
+    with power 0.9, as in mmengine 0.10.7, PolyLR. In the paper (section 5.1) it falls to 0."""
     end_lr = base_lr / 100
-    return end_lr + (base_lr - end_lr) * (1 - iteration / max(1, iters - 1)) ** 0.9
+    progress = iteration / max(1, iters - 1)  # from 0 to 1. (max: for a run of one iteration)
+    return end_lr + (base_lr - end_lr) * (1 - progress) ** 0.9
 
 
 def segmentation_loss(logits, labels):
@@ -103,7 +103,7 @@ def main(argv=None):
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Each iteration and process has its own seed, so that a resumed run has the same dropout.
+        # A seed for each iteration and process, so that a resumed run has the same dropout
         torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
 
         images = images.to(device, non_blocking=True)
@@ -238,7 +238,8 @@ class Run:
         self.val_set, self.device, self.out = val_set, device, Path(args.out)
         self.rank, self.world = rank_and_world()
         self.class_names = check_classes(val_set.classes)
-        # The recipe: all that influences the weights. --resume refuses another recipe.
+        # The recipe: the options that influence the weights. --resume refuses another recipe. (The
+        # number of processes may change. It influences dropout, and on CPUs batch norm.)
         self.recipe = {**vars(args), "images": len(train_set), "classes": self.class_names}
         for name in ("data", "out", "workers", "val_every", "save_every", "resume"):
             del self.recipe[name]
