@@ -269,16 +269,15 @@ class TrainingStream(Dataset):
         this box, resized. (The label is cut here already, because a box is chosen by what the label
         shows in it.)
 
-        mmsegmentation resizes the photograph by a random factor of 0.5 to 2, and then cuts out a
-        crop. Instead we cut out a box of the photograph as it is, and resize the box by the factor.
-        That shows nearly the same, for less work. A crop of 512x1024 shows a box of 256x512 pixels
-        at factor 2, and of 1024x2048 at factor 0.5. Where the photograph is smaller than the box,
-        we cut out all of it."""
+        mmsegmentation resizes the photograph by a random scale of 0.5 to 2, and then cuts out a
+        crop. At scale 2 a crop of 512x1024 shows a box of 256x512 pixels of the photograph, at
+        scale 0.5 one of 1024x2048. We cut out this box first, and resize it. That shows nearly the
+        same, for less work. Where the photograph is smaller than the box, we cut out all of it."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
         width = min(crop_width / scale, label.width)  # of the box
         height = min(crop_height / scale, label.height)
-        size = max(1, round(width * scale)), max(1, round(height * scale))  # of the resized box
+        size = max(1, round(width * scale)), max(1, round(height * scale))  # of the box, resized
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
         # labeled pixels, or if there are none, try again. The eleventh box is taken as it is. (In
         # mmsegmentation this is called cat_max_ratio.)

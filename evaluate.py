@@ -86,7 +86,8 @@ def rank_and_world():
 def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     """The confusion matrix of `net` on `dataset`: (classes, classes), int64, on the CPU.
 
-        matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), device)
+        net = load_net("best.pt")  # a function of pspnet.py
+        matrix = evaluate(net, Cityscapes("data/cityscapes", "val"), torch.device("cpu"))
         print(f"{mean_iou(matrix):.4f}")
 
     `net` is left in eval mode. `predict_image` is a function like `predict`: it takes net and image

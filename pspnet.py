@@ -33,11 +33,12 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Here stages 3 and 4 keep the size of stage 2, because a map of classes needs the resolution.
 # Neighbors stay 8 pixels apart.
 #
-# But the weights come from an original ResNet. There the 3x3 convolutions of stages 3 and 4 have
-# learned to read positions that are 8, 16 or 32 pixels apart. It is 8 in the first block of stage 3
-# and 16 in that of stage 4, because a first block still reads the map of the stage before. (Its 3x3
-# convolution has a stride of 2, which makes the map smaller for what follows. So it is in PyTorch.
-# In the paper a 1x1 convolution of the block has the stride.)
+# But we do not begin with random weights. Those of the ResNet come from one of the original form,
+# which was trained on ImageNet. There the 3x3 convolutions of stages 3 and 4 have learned to read
+# positions that are 8, 16 or 32 pixels apart. It is 8 in the first block of stage 3, and 16 in that
+# of stage 4, because a first block still reads the map of the stage before. (Its 3x3 convolution
+# has a stride of 2, which makes the map smaller for what follows. So it is in PyTorch. In the paper
+# a 1x1 convolution of the block has the stride.)
 #
 # Dilation restores the distance that was learned. A 3x3 convolution of dilation d reads every d-th
 # position, here 8 * d pixels apart.
@@ -196,7 +197,7 @@ class PyramidHead(nn.Module):
     Each number k in `bins` is a level of the pyramid. A level divides the map x into a grid of k by
     k regions, and averages the features of each region. So k = 1 averages the whole map. A 1x1
     convolution reduces the averages to a quarter of the channels, and interpolation stretches them
-    to h x w. The map x and all levels are stacked. A 3x3 convolution and a classifier follow.
+    to h x w. The map x and all levels are concatenated. A 3x3 convolution and a classifier follow.
 
     Where k does not divide h, regions share rows: for h = 64 and k = 6 the first region has the
     rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid."""
@@ -221,8 +222,8 @@ class PyramidHead(nn.Module):
             # Every position gets the vector of its region, blended with those of regions beside it.
             p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
             parts.append(p)  # (B, 512, h, w)
-        stack = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
-        y = self.bottleneck(stack)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
+        features = torch.cat(parts, dim=1)  # (B, 2048 + 4 * 512, h, w)
+        y = self.bottleneck(features)  # 3x3 convolution, batch norm, ReLU: (B, 512, h, w)
         return self.conv_seg(self.dropout(y))
 
 
@@ -328,9 +329,9 @@ class FastPyramidHead(PyramidHead):
     """The same function as PyramidHead, computed in another order, which takes half as many
     operations.
 
-    PyramidHead convolves a stack of x and the levels. That is a sum of convolutions: one of x and
-    one of each level, each with its part of the weights. x is half of the stack. For x nothing
-    changes here. The other half costs nearly nothing.
+    PyramidHead concatenates x and the levels, and convolves. That is a sum of convolutions: one of
+    x and one of each level, each with its part of the weights. x has half of the channels. For x
+    nothing changes here. The other half costs nearly nothing.
 
     Take one level. In each channel i it has k x k cells, p[i, m, n]. PyramidHead does two things
     with them.
