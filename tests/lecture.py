@@ -75,8 +75,8 @@ for batches in (1, 10, 50):
 of a photograph. The network does it with *features*. Above are averages over k x k regions. Below
 is what each position gets back: `bilinear` blends the averages of the nearest regions.""", """
 sheet_of(averages_of(Image.fromarray(photograph)), 0.6)"""),
-("pspnet: PyramidHead AuxiliaryHead", """The two heads. The first concatenates features and averages,
-and classifies. The second is for training: its gradient takes a shorter way.""", """
+("pspnet: PyramidHead AuxiliaryHead", """The two heads. The first concatenates features and
+averages, and classifies. The second is for training: its gradient takes a shorter way.""", """
 head = PyramidHead(512, 19).eval()
 print("the levels:", *[tuple(level(stage4).shape) for level in head.psp_modules])
 print("the heads:", tuple(head(stage4).shape), tuple(AuxiliaryHead(256, 19)(stage3).shape))"""),
