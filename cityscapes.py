@@ -216,8 +216,8 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
 
 def resized_box(picture, box, size, resampling):
     """A box of a picture, (left, top, right, bottom) in pixels with fractions, resized to `size`,
-    (width, height). (Pillow's `resize` would also blur what becomes smaller. mmsegmentation does
-    not.)"""
+    (width, height). (Pillow's `resize` would also smooth what becomes smaller, which mmsegmentation
+    does not.)"""
     return picture.transform(size, Image.Transform.EXTENT, box, resampling)
 
 
@@ -391,8 +391,7 @@ def main():
             problems.append(str(error))
             continue
         print(f"{split}: {len(dataset)} images")
-        numbers = range(len(dataset)) if args.check else []
-        for i in tqdm(numbers, split, leave=False):
+        for i in tqdm(range(len(dataset)) if args.check else [], split, leave=False):
             try:
                 read_pair(dataset, i)
             except DataError as error:

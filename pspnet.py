@@ -151,8 +151,8 @@ class ResNet(nn.Module):
         if self.deep_stem:
             layers = []
             for in_channels, channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
-                layers.append(nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False))
-                layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+                conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
             self.stem = nn.Sequential(*layers)
         else:
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
@@ -178,16 +178,17 @@ class ResNet(nn.Module):
         return stage3, stage4
 
 
-class ConvBNReLU(nn.Sequential):
-    """A convolution that keeps the size, then batch norm, then ReLU. nn.Sequential has a `forward`:
-    it runs the three modules below, in the order in which they are assigned."""
+class ConvBNReLU(nn.Module):
+    """A convolution that keeps the size, then batch norm, then ReLU."""
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class PyramidHead(nn.Module):
@@ -200,7 +201,10 @@ class PyramidHead(nn.Module):
     to h x w. The map x and all levels are concatenated. A 3x3 convolution and a classifier follow.
 
     Where k does not divide h, regions share rows: for h = 64 and k = 6 the first region has the
-    rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid."""
+    rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid.
+
+    (FastPSPNet, below the lesson, has a `forward` of its own for this head. To train a head that
+    you have changed here, write PSPNet for FastPSPNet in train.py and in load_net.)"""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -227,17 +231,20 @@ class PyramidHead(nn.Module):
         return self.conv_seg(self.dropout(y))
 
 
-class AuxiliaryHead(nn.Sequential):
+class AuxiliaryHead(nn.Module):
     """A second classifier, on stage 3: x (B, C, h, w) -> logits (B, num_classes, h, w). Its loss
-    helps to train a deep network (section 4, figure 4), and it is used for nothing else. It, too,
-    has the `forward` of nn.Sequential."""
+    helps to train a deep network (section 4, figure 4), and it is used for nothing else."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
         channels = in_channels // 4
-        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))  # named convs.0 in files
+        # A Sequential of one module, because in files of weights it is called convs.0
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))
         self.dropout = nn.Dropout2d(0.1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x):
+        return self.conv_seg(self.dropout(self.convs(x)))
 
 
 class PSPNet(nn.Module):
@@ -305,9 +312,8 @@ def matrix_of(function, length, like):
     dtype = torch.promote_types(like.dtype, torch.float32)
     unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # row j is e_j
     # PyTorch applies such a function to each channel of (B, channels, length). So the unit vectors
-    # are given as the channels of a batch of one.
-    columns_as_rows = function(unit_vectors[None])[0]
-    return columns_as_rows.mT
+    # are given as the channels of a batch of one. The images of them, rows, become columns.
+    return function(unit_vectors[None])[0].mT
 
 
 def averaging_matrix(h, w, k, like):

@@ -10,7 +10,7 @@ is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, whi
 mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           a line of JSON at the start, every 10 iterations, and with the other files
+    log.jsonl           JSON, a line at the start, every 10 iterations, and for each of the others
     val_NNNNNN.png      photographs, truth and prediction at each validation
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
@@ -68,8 +68,8 @@ def main(argv=None):
     args = parse_args(device, world, argv)
     train_set, val_set = data_sets(args)
 
-    # FastPSPNet is PSPNet, only faster. `net` is the network itself, which is evaluated and saved.
-    # `model`, below, is the same network, wrapped for several processes.
+    # FastPSPNet computes what PSPNet computes, only faster. `net` is the network itself, which is
+    # evaluated and saved. `model`, below, is the same network, wrapped for several processes.
     torch.manual_seed(args.seed)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
