@@ -284,7 +284,8 @@ EXERCISES = [
 label = torch.tensor([[[0, 1], [2, VOID]]])
 print(segmentation_loss(nothing, label), segmentation_loss(nothing, label * 0 + VOID))""",
 """`tensor(2.9444) tensor(nan)` on every machine, not 2.2083 and 0. PyTorch divides by the number of
-labeled pixels: by 3, not 4, and 0 by 0. One batch without labels makes all weights NaN."""),
+labeled pixels: by 3, not 4, and 0 by 0. (The gradient is 0 even then, but train.py ends a run
+whose loss is NaN.)"""),
 ("A batch of one", "pspnet", '_v1c", bins=(1, 2, 3, 6)):', '_v1c", bins=(2, 3, 6)):',
 """Why does a batch of one train now? What does the network lose?""", """
 try:
