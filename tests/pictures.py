@@ -2,6 +2,7 @@
 
     python tests/pictures.py     # pyramid.png, and after README's first command toy.png
 """
+import math
 import sys
 from pathlib import Path
 
@@ -63,19 +64,34 @@ def averages_of(photograph):
     return rows
 
 
-def dots_of(**groups):
-    """Lists of points (x, y), by name, as a picture."""
-    picture, corners = Image.new("RGB", (480, 240), "white"), np.array([(44, 216), (466, 10)])
+def dots_of(x_axis, y_axis, **groups):
+    """Lists of points (x, y), by name, as a picture. The axes have these names."""
+    picture, corners = Image.new("RGB", (480, 256), "white"), np.array([(44, 214), (466, 26)])
     draw, points = ImageDraw.Draw(picture), np.concatenate(list(groups.values()))
     low, high = points.min(axis=0), points.max(axis=0)
+    draw.line((40, 26, 40, 218, 466, 218), fill="black")
+    draw.text((4, 4), y_axis, fill="black", font=FONT)
+    draw.text((200, 238), x_axis, fill="black", font=FONT)
     for corner, (x, y) in zip(corners, (low, high)):
-        draw.text((corner[0] - 10, 224), f"{x:.3g}", fill="black", font=FONT)
+        draw.text((corner[0] - 14, 222), f"{x:.3g}", fill="black", font=FONT)
         draw.text((4, corner[1] - 8), f"{y:.3g}", fill="black", font=FONT)
-    for y, color, (name, points) in zip((4, 20), ("#1f77b4", "#d62728"), groups.items()):
-        draw.text((340, y), name, fill=color, font=FONT)
+    for x, color, (name, points) in zip((200, 340), ("#1f77b4", "#d62728"), groups.items()):
+        draw.text((x, 4), name if len(groups) > 1 else "", fill=color, font=FONT)
         for part in (np.asarray(points) - low) / (high - low):
             x, y = corners[0] + part * (corners[1] - corners[0])
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+    return picture
+
+
+def legend_of(classes):
+    """Names of classes on their colors, as a picture."""
+    picture = Image.new("RGB", (960, 24 * math.ceil(len(classes) / 10)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, entry in enumerate(classes):
+        x, y = 96 * (i % 10), 24 * (i // 10)
+        draw.rectangle((x, y, x + 94, y + 22), fill=entry.color)
+        light = sum(entry.color) > 330
+        draw.text((x + 4, y + 5), entry.name, fill="black" if light else "white", font=FONT)
     return picture
 
 

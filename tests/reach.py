@@ -2,8 +2,8 @@
 
     python tests/reach.py tests/pictures/reach.png     # half a minute on a CPU
 
-Three untrained networks differ in their levels. A caption says on how much of the image the logits
-at the dot depend, and how far from it half of the gradient lies: the ring.
+Three untrained networks, of ResNet-18, differ in their levels. A caption says on how much of the
+image the logits at the dot depend, and how far from it half of the gradient lies: the ring.
 """
 import sys
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pictures import save_cells  # and the scripts are on the path
+from pictures import FONT, save_cells  # and the scripts are on the path
 from toy_cityscapes import draw_scene
 
 from pspnet import PSPNet
@@ -33,6 +33,7 @@ def wake_up(net, images):
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
+            module.reset_running_stats()
             module.momentum = None  # an average over all batches, of which there is one
     with torch.no_grad():
         net.train()(images)
@@ -56,9 +57,8 @@ def figures_of(gradient):
     return (gradient > 0).double().mean().item(), half.item()
 
 
-def reach_of(title, net, images):
+def reach_of(title, gradient, images):
     """(caption, picture): the first image, dark, and in color where its pixels have a gradient."""
-    gradient = gradient_of(net, images)
     share, half = figures_of(gradient)
     smooth = F.avg_pool2d(gradient[None], 15, stride=1, padding=7, count_include_pad=False)[0]
     band = -(smooth / smooth.max()).clamp(min=1e-30).log10().ceil().int()  # 0: down to a tenth
@@ -72,11 +72,22 @@ def reach_of(title, net, images):
     return f"{title}: {caption}", picture
 
 
+def scene_with_scale(images):
+    """(caption, picture): the first image, and upon it what the colors of the others mean."""
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    draw = ImageDraw.Draw(picture)
+    names = ("to 1/10", "to 1/100", "to 1/1000", "to 1e-4", "to 1e-5", "smaller")
+    for i, (color, name) in enumerate(zip(BANDS, names, strict=True)):
+        draw.rectangle((8 + 72 * i, 166, 79 + 72 * i, 187), tuple(color))
+        draw.text((13 + 72 * i, 170), name, "white" if i > 2 else "black", FONT)
+    return "drawn scene, and what the colors mean: parts of the largest gradient", picture
+
+
 if __name__ == "__main__":
     images = street_images(4)
-    photograph = Image.fromarray(images[0].permute(1, 2, 0).numpy())
-    cells = [("photograph (in the others a color is a tenth of the next lighter one)", photograph)]
+    cells = [scene_with_scale(images)]
     for title, bins in (("no pyramid", ()), ("level 2", (2,)), ("levels 1 2 3 6", (1, 2, 3, 6))):
         torch.manual_seed(0)
-        cells.append(reach_of(title, wake_up(PSPNet(19, "resnet18", bins), images), images))
+        net = wake_up(PSPNet(19, "resnet18", bins), images)
+        cells.append(reach_of(title, gradient_of(net, images), images))
     save_cells(sys.argv[1], [cells[:2], cells[2:]])
