@@ -12,7 +12,8 @@ an endless stream of training samples.
 Two numbers stand for a class. Its id is the one in the official files. Its train id, 0 to 18, is
 the one that the network learns. The train id 255 is void: such a pixel is neither trained nor
 scored. A label is a map of train ids: it says for each pixel of a photograph which class is there.
-Where code says picture, it is Pillow's. Where it says image, it is a tensor. A label may be either.
+Where code says picture, it is Pillow's. Where it says image, it is a tensor. (A label is first one
+of Pillow's, then a tensor.)
 
 To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
 __len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
@@ -156,7 +157,9 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        raise  # IndexError: i is beyond the end. DataError: it says already what is wrong.
+        # DataError: it says already what is wrong. IndexError: i is beyond the end, by which
+        # Python's loop over a data set, `for pair in dataset`, ends.
+        raise
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
@@ -241,8 +244,8 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (For
-        # each sample of an epoch the same order is computed again: there is nothing to remember.)
+        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (The
+        # order is computed anew for each sample, so that the stream need not remember anything.)
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -257,9 +260,9 @@ class TrainingStream(Dataset):
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
 
-        # What a small photograph leaves free: a border at the left, top, right and bottom
-        crop_height, crop_width = self.crop_size
-        border = 0, 0, crop_width - crop.width, crop_height - crop.height
+        # What a small photograph leaves free. A border has a width at the left, top, right, bottom.
+        height, width = self.crop_size
+        border = 0, 0, width - crop.width, height - crop.height
         crop = ImageOps.expand(crop, border, PADDING)
         cropped_label = ImageOps.expand(cropped_label, border, VOID)
         return to_tensors(crop, cropped_label)
@@ -275,16 +278,17 @@ class TrainingStream(Dataset):
         same, for less work. Where the photograph is smaller than the box, we cut out all of it."""
         scale = rng.uniform(0.5, 2.0)
         crop_height, crop_width = self.crop_size
-        width = min(crop_width / scale, label.width)  # of the box
-        height = min(crop_height / scale, label.height)
-        size = max(1, round(width * scale)), max(1, round(height * scale))  # of the box, resized
+        box_width = min(crop_width / scale, label.width)
+        box_height = min(crop_height / scale, label.height)
+        # The size of the box after it is resized: that of the crop, or less if the label is small
+        size = max(1, round(box_width * scale)), max(1, round(box_height * scale))
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
         # labeled pixels, or if there are none, try again. The eleventh box is taken as it is. (In
         # mmsegmentation this is called cat_max_ratio.)
         for _ in range(11):
-            left = rng.uniform(0, label.width - width)
-            top = rng.uniform(0, label.height - height)
-            box = left, top, left + width, top + height
+            left = rng.uniform(0, label.width - box_width)
+            top = rng.uniform(0, label.height - box_height)
+            box = left, top, left + box_width, top + box_height
             cropped_label = resized_box(label, box, size, Image.Resampling.NEAREST)
             counts = cropped_label.histogram()[:VOID]  # the number of pixels of each class
             if max(counts) < 0.75 * sum(counts):

@@ -95,8 +95,7 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     called for each image i. Raises DataError for files that are wrong, like read_pair.
 
     With several processes (start_process, below, connects them) each must call `evaluate`, and each
-    gets the whole matrix. `net` is not wrapped in DistributedDataParallel: that waits in each
-    forward for all processes, and one may have no image left."""
+    gets the whole matrix."""
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
@@ -107,7 +106,8 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for i, (image, label) in zip(share, pairs, strict=True):  # i: the number of the image
+    # The loader gives the pairs in the order of `share`. So i is the number of the image.
+    for i, (image, label) in zip(share, pairs, strict=True):
         prediction = predict_image(net, image.to(device))
         matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:

@@ -34,20 +34,18 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Neighbors stay 8 pixels apart.
 #
 # But we do not begin with random weights. Those of the ResNet come from one of the original form,
-# which was trained on ImageNet. There the 3x3 convolutions of stages 3 and 4 have learned to read
-# positions that are 8, 16 or 32 pixels apart. It is 8 in the first block of stage 3, and 16 in that
-# of stage 4, because a first block still reads the map of the stage before. (Its 3x3 convolution
-# has a stride of 2, which makes the map smaller for what follows. So it is in PyTorch. In the paper
-# a 1x1 convolution of the block has the stride.)
-#
-# Dilation restores the distance that was learned. A 3x3 convolution of dilation d reads every d-th
-# position, here 8 * d pixels apart.
+# which was trained on ImageNet. Its 3x3 convolutions have learned to read positions that are as far
+# apart as neighbors are there: 16 pixels in stage 3, 32 in stage 4. Dilation restores this
+# distance. A 3x3 convolution of dilation d reads every d-th position, here 8 * d pixels apart.
 #
 #     3x3 convolution of       learned distance    distance of neighbors    dilation, the quotient
 #     stage 3, first block      8 pixels           8 pixels                 1
 #     stage 3, other blocks    16                  8                        2
 #     stage 4, first block     16                  8                        2
 #     stage 4, other blocks    32                  8                        4
+#
+# The first block of a stage has learned the distance of the stage before. For in the original its
+# 3x3 convolution halves the map, with a stride of 2. So it still reads the larger map.
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -62,8 +60,9 @@ def shortcut(in_channels, out_channels, stride):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels of
     both. x (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
-    the stride and the dilation. (So the second reads other distances than its weights have learned.
-    We keep that, because mmsegmentation has it. ResNet-50 and 101 have no such convolution.)"""
+    the stride and the dilation: the table above is about this one. (The second reads neighbors, 8
+    pixels apart, also where its weights have learned 16 or 32. We keep that, because mmsegmentation
+    has it. ResNet-50 and 101 have no such convolution.)"""
 
     expansion = 1  # the number of output channels divided by `width`
 
@@ -203,8 +202,8 @@ class PyramidHead(nn.Module):
     Where k does not divide h, regions share rows: for h = 64 and k = 6 the first region has the
     rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid.
 
-    (FastPSPNet, below the lesson, has a `forward` of its own for this head. To train a head that
-    you have changed here, write PSPNet for FastPSPNet in train.py and in load_net.)"""
+    train.py trains FastPSPNet, below the lesson. It has a faster `forward` for this head. So if you
+    change this head, also write PSPNet for FastPSPNet in train.py and in load_net."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -255,13 +254,12 @@ class PSPNet(nn.Module):
 
     In eval mode aux_logits is None. In train mode B must be at least 2. The reason is the level
     k = 1: there a channel has a single value per image, and batch norm can't compute a variance
-    from one value. (Without 1 among the bins B may be 1. And on several GPUs the batch norm that
-    train.py uses counts the images of all of them.)
+    from one value. (Without 1 among the bins B may be 1.)
 
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
 
-    Head = PyramidHead  # what decode_head is made with. FastPSPNet, below, has a faster class here.
+    Head = PyramidHead  # the class of decode_head, in a subclass another one (FastPSPNet, below)
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()

@@ -6,12 +6,12 @@
 
 The recipe is the same with any number of GPUs: ResNet-50, levels 1, 2, 3 and 6, 40,000 iterations
 of 8 crops of 512x1024, a learning rate from 0.01 to 0.0001, momentum 0.9, weight decay 0.0005. It
-is that of mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85
-mIoU on val. README.md lists what differs from that and from the paper. The folder --out gets
+follows mmsegmentation 1.2.2, pspnet_r50-d8_4xb2-40k_cityscapes-512x1024, which reached 77.85 mIoU
+on val. README.md lists what differs from that and from the paper. The folder --out gets
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
-    log.jsonl           JSON, a line at the start, every 10 iterations, and for each of the others
     val_NNNNNN.png      photographs, truth and prediction at each validation
+    log.jsonl           a line of JSON at the start, every 10 iterations, and at each of these
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
 same samples and the same dropout, as if it had not been killed. On a CPU the weights at the end are
@@ -56,7 +56,7 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
         loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # 0.4: section 5.1
     optimizer.zero_grad()
     scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would become 0
-    scaler.step(optimizer)  # fp16: divides the gradients again; skips the step if one is infinite
+    scaler.step(optimizer)  # fp16: undoes that in the gradients; if one is infinite, skips the step
     scaler.update()  # fp16: chooses the next factor, a smaller one if the step was skipped
     return loss.detach()
 
@@ -87,7 +87,8 @@ def main(argv=None):
     model = net
     if world > 1:
         # All processes begin with the weights of process 0. In each backward the gradients are
-        # averaged over the processes, so that all take the same step.
+        # averaged over the processes, so that all take the same step. (A forward of `model` may
+        # wait for the other processes. So what one process does alone, it does with `net`.)
         model = DistributedDataParallel(net)
 
     # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out like cards. Of
@@ -99,11 +100,11 @@ def main(argv=None):
     bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
 
     net.train()
-    for iteration, (images, labels) in zip(bar, loader, strict=True):
+    for iteration, (images, labels) in zip(bar, loader, strict=True):  # bar counts, and is drawn
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # A seed for each iteration and process, so that a resumed run has the same dropout
+        # Another number for each iteration and process. So a resumed run has the same dropout.
         torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
 
         images = images.to(device, non_blocking=True)
@@ -115,7 +116,8 @@ def main(argv=None):
         validating = step % args.val_every == 0 or step == args.iters
         saving = validating or step % args.save_every == 0
         if saving or step % 10 == 0:
-            run.log_losses(step, lr, bar)  # their mean. If it is not finite, the run ends unsaved.
+            # Their mean goes to the log. If it is not finite, the run ends here, unsaved.
+            run.log_losses(step, lr, bar)
         if validating:
             run.validate(step)  # scores net on val, and saves best.pt if it is the best so far
             net.train()  # validate has left it in eval mode
