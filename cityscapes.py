@@ -149,9 +149,9 @@ class Cityscapes(Dataset):
 
 
 def read_pair(dataset, i):
-    """Reads dataset[i] of any data set, Cityscapes or your own, checks it, and returns it: a
-    picture in RGB, and a label of the same size, whose values are train ids and VOID. Raises
-    DataError if it is anything else, and IndexError where i is beyond the end."""
+    """Reads dataset[i], and returns it: a picture in RGB, and a label of the same size, whose
+    values are train ids and VOID. Raises DataError if it is anything else, and IndexError where i
+    is beyond the end. (Cityscapes has checked its files. This check is for other data sets.)"""
     try:
         picture, label = dataset[i]
         picture.load()  # decodes it, if the data set has only opened it
@@ -213,7 +213,8 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     stretch = np.diag([1, saturation, saturation])
     # A product of matrices acts from right to left.
     matrix = contrast * np.linalg.inv(to_yiq) @ turn @ stretch @ to_yiq
-    offset = matrix @ np.full(3, brightness)  # as matrix @ (x + b) = matrix @ x + matrix @ b
+    # The brightness b is added first: matrix @ (x + b) = matrix @ x + matrix @ b
+    offset = matrix @ np.full(3, brightness)
     return np.column_stack([matrix, offset])
 
 
@@ -244,8 +245,9 @@ class TrainingStream(Dataset):
     def index(self, k):
         """The number of the photograph from which sample k is cut."""
         epoch, position = divmod(k, len(self.dataset))
-        # A list is the seed. The 0 in it is for orders, and the 1 in __getitem__ for crops. (The
-        # order is computed anew for each sample, so that the stream need not remember anything.)
+        # The seed is a list. The 0 in it stands for orders. In __getitem__ a 1 stands for crops. So
+        # the two get different random numbers. (The order is computed anew for each sample: that
+        # takes little time, and the stream has no state.)
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
@@ -255,7 +257,7 @@ class TrainingStream(Dataset):
 
         box, cropped_label = self.choose_crop(label, rng)
         crop = resized_box(picture, box, cropped_label.size, Image.Resampling.BILINEAR)
-        # With a color_matrix, `convert` multiplies each color by it.
+        # Given the twelve numbers of a color_matrix, `convert` changes each color by it.
         crop = crop.convert("RGB", self.choose_colors(rng))
         if rng.random() < 0.5:
             crop, cropped_label = ImageOps.mirror(crop), ImageOps.mirror(cropped_label)
@@ -268,9 +270,8 @@ class TrainingStream(Dataset):
         return to_tensors(crop, cropped_label)
 
     def choose_crop(self, label, rng):
-        """Where to crop a photograph, of which this is the label. Returns the box, and the label in
-        this box, resized. (The label is cut here already, because a box is chosen by what the label
-        shows in it.)
+        """Where to crop a photograph. Returns the box, and what the photograph's label shows in it,
+        resized. (The label is cut here already, because the box is chosen by that.)
 
         mmsegmentation resizes the photograph by a random scale of 0.5 to 2, and then cuts out a
         crop. At scale 2 a crop of 512x1024 shows a box of 256x512 pixels of the photograph, at
@@ -280,7 +281,8 @@ class TrainingStream(Dataset):
         crop_height, crop_width = self.crop_size
         box_width = min(crop_width / scale, label.width)
         box_height = min(crop_height / scale, label.height)
-        # The size of the box after it is resized: that of the crop, or less if the label is small
+        # The size of the box after it is resized: that of the crop, or less if the photograph is
+        # small. (Pillow's sizes are width, height. A tensor's are height, width.)
         size = max(1, round(box_width * scale)), max(1, round(box_height * scale))
         # A crop that is nearly all road teaches little. If one class has 75 % or more of the
         # labeled pixels, or if there are none, try again. The eleventh box is taken as it is. (In

@@ -24,7 +24,7 @@ from cityscapes import VOID, TensorPairs
 @torch.inference_mode()
 def predict(net, image, precision="fp32"):
     """The train id of every pixel: image (3, H, W), uint8 RGB -> (H, W), uint8. The image and net
-    are on the same device, and net is in eval mode."""
+    are on the same device, and net is in eval mode. `precision` is explained at autocast, below."""
     with autocast(image.device, precision):
         logits, _ = net(image[None])  # _: the auxiliary logits, for training only
     return argmax_class(logits[0])
@@ -43,8 +43,8 @@ def argmax_class(scores):
 
 def autocast(device, precision):
     """A context in which the large operations of a network compute in half precision, "bf16" or
-    "fp16". With "fp32" it does nothing. (Even then PyTorch's convolutions round what they multiply
-    to 10 bits on recent GPUs: TF32.)"""
+    "fp16". With "fp32" it does nothing. (Recent GPUs then have TF32: by default PyTorch's
+    convolutions round the float32 numbers that they multiply to 10 bits.)"""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
@@ -99,15 +99,14 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
-    share = range(rank, len(dataset), world)  # the numbers of this process's images
-    loader = DataLoader(TensorPairs(dataset), sampler=share, num_workers=workers,
+    numbers = range(rank, len(dataset), world)  # of the images of this process
+    loader = DataLoader(TensorPairs(dataset), sampler=numbers, num_workers=workers,
                         batch_size=None)  # no batches, as sizes may differ: image is (3, H, W)
     pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    # The loader gives the pairs in the order of `share`. So i is the number of the image.
-    for i, (image, label) in zip(share, pairs, strict=True):
+    for i, (image, label) in zip(numbers, pairs, strict=True):  # The loader keeps the order.
         prediction = predict_image(net, image.to(device))
         matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:

@@ -310,14 +310,16 @@ def matrix_of(function, length, like):
     dtype = torch.promote_types(like.dtype, torch.float32)
     unit_vectors = torch.eye(length, dtype=dtype, device=like.device)  # row j is e_j
     # PyTorch applies such a function to each channel of (B, channels, length). So the unit vectors
-    # are given as the channels of a batch of one. The images of them, rows, become columns.
+    # are given as the channels of a batch of one. In the result, [0], row j is function(e_j). The
+    # transpose, .mT, makes it column j.
     return function(unit_vectors[None])[0].mT
 
 
 def averaging_matrix(h, w, k, like):
     """(k * k, h * w): a product with it averages a map of h x w positions over k x k regions. A row
     stands for a region, and a column for a position. An entry is the weight of the position in the
-    average over the region: the weight of its row times the weight of its column."""
+    average over the region. It is a product of two: how much the position's row of the map counts
+    in the region, and how much its column."""
     row_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), h, like)  # (k, h)
     column_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), w, like)  # (k, w)
     weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]  # (k, k, h, w)

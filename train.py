@@ -40,10 +40,10 @@ def poly_lr(iteration, iters, base_lr=0.01):
 def segmentation_loss(logits, labels):
     """Cross entropy: logits (B, C, H, W), labels (B, H, W) of train ids, int64, 255 void -> scalar.
 
-    It is the mean over all pixels. Void pixels are counted, with a loss of 0 (mmsegmentation's
-    avg_non_ignore=False). This has two reasons. A batch without labels has loss 0, not 0/0. And the
-    mean of the losses of several processes is the loss of the whole batch, because each process
-    divides by the same number of pixels. (By default cross_entropy divides by the labeled ones.)"""
+    By default cross_entropy divides the sum of the losses by the number of labeled pixels. Here it
+    is divided by the number of all pixels, as in mmsegmentation (avg_non_ignore=False). So a batch
+    without labels has loss 0, not 0/0. And all processes divide by the same number: the mean of
+    their losses is the loss of the whole batch."""
     return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
 
 
@@ -63,13 +63,13 @@ def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
 
 def main(argv=None):
     # `device` is the GPU or CPU of this process, `rank` its number, `world` how many there are.
-    # The functions parse_args and data_sets, and the class Run, stand below the lesson.
     device, rank, world = start_process()
+    # The options. (On a GPU half precision is the default. So the device must be known before.)
+    # parse_args and data_sets, and the class Run, stand below the lesson.
     args = parse_args(device, world, argv)
     train_set, val_set = data_sets(args)
 
-    # FastPSPNet computes what PSPNet computes, only faster. `net` is the network itself, which is
-    # evaluated and saved. `model`, below, is the same network, wrapped for several processes.
+    # FastPSPNet computes what PSPNet computes, only faster.
     torch.manual_seed(args.seed)
     net = FastPSPNet(len(val_set.classes), args.backbone, args.bins)
     if world > 1 and device.type != "cpu":  # batch norm over the images of all processes
@@ -84,11 +84,13 @@ def main(argv=None):
     # is how many iterations are finished already.
     run = Run(args, net, optimizer, scaler, train_set, val_set, device)
     start = run.load_or_resume()
+
+    # `model` is what a training step calls: `net`, or with several processes a wrapper around it.
+    # What is evaluated and saved is `net` itself.
     model = net
     if world > 1:
         # All processes begin with the weights of process 0. In each backward the gradients are
-        # averaged over the processes, so that all take the same step. (A forward of `model` may
-        # wait for the other processes. So what one process does alone, it does with `net`.)
+        # averaged over the processes, so that all take the same step.
         model = DistributedDataParallel(net)
 
     # Iteration i uses samples i * batch_size to (i + 1) * batch_size - 1, dealt out like cards. Of
@@ -104,7 +106,8 @@ def main(argv=None):
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Another number for each iteration and process. So a resumed run has the same dropout.
+        # Dropout is random. This number is another one for each seed, iteration and process, and
+        # the same again in a resumed run.
         torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
 
         images = images.to(device, non_blocking=True)
