@@ -33,10 +33,10 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Here stages 3 and 4 keep the size of stage 2, because a map of classes needs the resolution.
 # Neighbors stay 8 pixels apart.
 #
-# But we do not begin with random weights. Those of the ResNet come from one of the original form,
-# which was trained on ImageNet. Its 3x3 convolutions have learned to read positions that are as far
-# apart as neighbors are there: 16 pixels in stage 3, 32 in stage 4. Dilation restores this
-# distance. A 3x3 convolution of dilation d reads every d-th position, here 8 * d pixels apart.
+# But training does not begin with random weights. It begins with weights that an original ResNet
+# has learned on ImageNet. In that network the 3x3 convolutions have learned to read positions that
+# are 16 pixels apart in stage 3, and 32 in stage 4. Dilation restores this distance. A 3x3
+# convolution of dilation d reads every d-th position, here 8 * d pixels apart.
 #
 #     3x3 convolution of       learned distance    distance of neighbors    dilation, the quotient
 #     stage 3, first block      8 pixels           8 pixels                 1
@@ -44,8 +44,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 #     stage 4, first block     16                  8                        2
 #     stage 4, other blocks    32                  8                        4
 #
-# The first block of a stage has learned the distance of the stage before. For in the original its
-# 3x3 convolution halves the map, with a stride of 2. So it still reads the larger map.
+# The first block of a stage has learned the distance of the stage before. In the original ResNet
+# this block halves the map: its 3x3 convolution has a stride of 2. So it reads the larger map.
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -68,13 +68,15 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels, width, stride=1, dilation=1):
         super().__init__()
-        # With this padding only the stride changes the size.
+        # A 3x3 kernel of dilation d reaches d positions to each side. With d positions of padding
+        # only the stride changes the size of the map.
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=dilation,
                                dilation=dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        nn.init.zeros_(self.bn2.weight)  # A new block adds 0 to its shortcut.
+        # A new block adds 0 to its shortcut. So training begins as if there were few layers.
+        nn.init.zeros_(self.bn2.weight)
         self.downsample = shortcut(in_channels, width, stride)
 
     def forward(self, x):
@@ -207,7 +209,9 @@ class PyramidHead(nn.Module):
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
-        channels = in_channels // 4  # of each level, and of the 3x3 convolution's output
+        # The number of channels of each level, and of the 3x3 convolution's output. (In the paper
+        # each of N levels has 1/N of the channels. That is the same for four levels.)
+        channels = in_channels // 4
         self.bins = tuple(bins)
         self.psp_modules = nn.ModuleList()
         for k in self.bins:
@@ -389,7 +393,8 @@ class FastPyramidHead(PyramidHead):
 
         nn.AdaptiveAvgPool2d computes the same, but its gradient on CUDA differs from run to run.
         Here one matrix product averages for all levels at once, so that x is read once. (In half
-        precision the matrix is rounded, so that a mean may be off by 0.4 %.)"""
+        precision the matrix is rounded. So a mean may be off by 0.4 %, and in fp16 by 1 % where the
+        photograph has 24 megapixels.)"""
         if not self.bins:
             return []
         matrix = torch.cat([averaging_matrix(*x.shape[2:], k, x) for k in self.bins]).to(x.dtype)
