@@ -15,9 +15,10 @@ scored. A label is a map of train ids: it says for each pixel of a photograph wh
 Where code says picture, it is Pillow's. Where it says image, it is a tensor. (A label is first one
 of Pillow's, then a tensor.)
 
-To use other classes, edit CLASSES. To use other files, write a class with __init__(root, split),
-__len__, __getitem__(i), which returns (picture, label), and a class attribute `classes`. To save
-predictions it also needs name(i), a path without an ending.
+To use other classes, edit CLASSES. In the files their ids may be any numbers to 255, and other
+numbers, up to 33, are void. To use other files, write a class with __init__(root, split), __len__,
+__getitem__(i), which returns (picture, label), and a class attribute `classes`. To save predictions
+it also needs name(i), a path without an ending. Such a class is in tests/folders.py.
 """
 import glob
 import math
@@ -61,6 +62,7 @@ CLASSES = [  # cityscapesScripts 2.3.0, cityscapesscripts/helpers/labels.py
 ]
 VOID = 255  # the train id of all other pixels
 TRAIN_IDS = {entry.id: train_id for train_id, entry in enumerate(CLASSES)}  # id -> train id
+# (If 255 is void in label files of your own, write TRAIN_IDS[VOID] = VOID here.)
 
 
 # The files --------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def read_label(path):
     values = {value for count, value in picture.getcolors()}  # "colors" are numbers in mode L
     known = set(range(34)) | TRAIN_IDS.keys()  # the ids of Cityscapes, and those of CLASSES
     if not values <= known:
-        raise DataError(f"{path} is not a map of ids: it has {sorted(values - known)}")
+        raise DataError(f"{path} has {sorted(values - known)}: ids are 0 to 33 or in CLASSES")
     # Pillow takes a table of 256 entries: which train id takes the place of each value.
     return picture.point([TRAIN_IDS.get(value, VOID) for value in range(256)])
 

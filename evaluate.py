@@ -380,6 +380,7 @@ def predict_photographs(net, device, predict_image, args):
             ImageOps.exif_transpose(picture, in_place=True)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         save_prediction(args, name, image, predict_image(net, image.to(device)))
+    print(f"{len(files) - unreadable} predictions are in {args.save_color or args.save_ids}")
     if unreadable:
         raise DataError(f"{unreadable} files could not be read")
 
@@ -403,13 +404,13 @@ def main(argv=None):
     dataset = Cityscapes(args.data, args.split)
     ckpt = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
     compare_processes(ckpt=ckpt, images=len(dataset), **protocol)
-    save = None
-    if args.save_ids or args.save_color:
-        names = names_of(dataset)
+    saving = args.save_ids or args.save_color
+    names = names_of(dataset) if saving else None
 
-        def save(i, image, prediction):
-            save_prediction(args, names[i], image, prediction)
-    matrix = evaluate(net, dataset, device, predict_image, args.workers, save)
+    def save(i, image, prediction):
+        save_prediction(args, names[i], image, prediction)
+
+    matrix = evaluate(net, dataset, device, predict_image, args.workers, save if saving else None)
     if rank == 0 and args.split != "test":
         scores = scores_of(matrix, Cityscapes.classes)
         warn_of_one_class(matrix.sum(dim=1), args.split)

@@ -324,7 +324,7 @@ class Run:
                 pictures.append(to_picture(image))
                 pictures += [colored(train_ids, classes) for train_ids in (label, prediction)]
             save_sheet(self.out / f"val_{step:06}.png", pictures, 3, classes)
-            print(f"\n{format_scores(scores)}\nSix images, predicted in {self.args.precision}: "
+            print(f"\n{format_scores(scores)}\nPredictions in {self.args.precision}: "
                   f"{self.out}/val_{step:06}.png", flush=True)
             gib = torch.cuda.max_memory_allocated() / 2**30  # the most so far; 0 on a CPU
             self.log("validation", step, gib=round(gib, 2), **scores)

@@ -1,4 +1,4 @@
-"""The README's commands as they stand there, on small data, and the class for PASCAL VOC."""
+"""The README's commands as they stand there, on small data, and the classes for other data."""
 import re
 import runpy
 import sys
@@ -49,27 +49,43 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch):
             runpy.run_path(str(SCRIPTS / script), run_name="__main__")
 
 
-def test_the_class_for_pascal_voc_trains_and_is_scored(tmp_path, monkeypatch, capsys):
-    """With the import that its docstring names, on a small drawn VOC: JPEGs, palette PNGs with 255
-    at the borders, and lists of names."""
-    before, after = re.search(r"from\n`(.*?)` to `(.*?)`;", (TESTS / "voc.py").read_text()).groups()
+def write_voc(root, name, split, photograph, label):
+    """Into a small PASCAL VOC: JPEGs, palette PNGs, and lists of names."""
+    root = root / "VOCdevkit/VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    with open(root / f"ImageSets/Segmentation/{split}.txt", "a") as file:
+        print(name, file=file)
+    label.putpalette(list(range(256)) * 3)
+    label.save(root / f"SegmentationClass/{name}.png")
+    photograph.save(root / f"JPEGImages/{name}.jpg")
+
+
+def write_folders(root, name, split, photograph, label):
+    for folder, ending, picture in (("images", "jpg", photograph), ("masks", "png", label)):
+        (root / split / folder).mkdir(parents=True, exist_ok=True)
+        picture.save(root / split / folder / f"{name}.{ending}")
+
+
+@pytest.mark.parametrize(("file", "write", "classes", "last"), [
+    ("voc", write_voc, 21, "tv  "), ("folders", write_folders, 2, "thing  ")])
+def test_a_class_for_other_data_trains_and_is_scored(file, write, classes, last, tmp_path,
+                                                     monkeypatch, capsys):
+    """With the import that its docstring names, on noise whose labels have 255 as well."""
+    text = " ".join((TESTS / f"{file}.py").read_text().split())
+    before, after = re.search("from `(.*?)` to `(.*?)`;", text).groups()
     exec(after, changed := {})
     for module in (train, evaluate):
         assert Path(module.__file__).read_text().count(f"\n{before}  #") == 1
         monkeypatch.setattr(module, "Cityscapes", changed["Cityscapes"])
-    rng, root = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    for split in ("train", "val"):
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text(f"{split}1\n{split}2\n")
-        for name in (f"{split}1", f"{split}2"):
-            label = Image.fromarray(rng.choice([0, 5, 20, 255], (40, 60)).astype(np.uint8))
-            label.putpalette(list(range(256)) * 3)
-            label.save(root / f"SegmentationClass/{name}.png")
-            Image.effect_noise((60, 40), 50).convert("RGB").save(root / f"JPEGImages/{name}.jpg")
-    train.main(f"--data {tmp_path} --out {tmp_path}/run {SMALL}".split())
-    assert "21 classes" in capsys.readouterr().out
-    evaluate.main(f"--ckpt {tmp_path}/run/best.pt --data {tmp_path} --workers 0 "
+    rng = np.random.default_rng(0)
+    for name in ("train1", "train2", "val1", "val2"):
+        label = rng.choice([0, 1, classes - 1, 255], (40, 60)).astype(np.uint8)
+        write(tmp_path / "data", name, name[:-1],
+              Image.effect_noise((60, 40), 50).convert("RGB"), Image.fromarray(label))
+    train.main(f"--data {tmp_path}/data --out {tmp_path}/run {SMALL}".split())
+    assert f" of {classes} classes" in capsys.readouterr().out
+    evaluate.main(f"--ckpt {tmp_path}/run/best.pt --data {tmp_path}/data --workers 0 "
                   f"--save-ids {tmp_path}/ids".split())
-    assert "tv  " in capsys.readouterr().out
+    assert last in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("ids/*")) == ["val1_ids.png", "val2_ids.png"]
