@@ -159,9 +159,7 @@ def read_pair(dataset, i):
         picture.load()  # decodes it, if the data set has only opened it
         label.load()
     except (IndexError, DataError):
-        # DataError: it says already what is wrong. IndexError: i is beyond the end, by which
-        # Python's loop over a data set, `for pair in dataset`, ends.
-        raise
+        raise  # DataError says already what is wrong. With IndexError a loop over pairs ends.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise DataError(f"number {i} of the data set is not a pair of pictures: {text}") from error
@@ -214,9 +212,9 @@ def color_matrix(brightness=0.0, saturation=1.0, hue=0.0, contrast=1.0):
     turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     stretch = np.diag([1, saturation, saturation])
     # A product of matrices acts from right to left.
-    matrix = contrast * np.linalg.inv(to_yiq) @ turn @ stretch @ to_yiq
-    # The brightness b is added first: matrix @ (x + b) = matrix @ x + matrix @ b
-    offset = matrix @ np.full(3, brightness)
+    matrix = contrast * (np.linalg.inv(to_yiq) @ turn @ stretch @ to_yiq)
+    # The same brightness on R, G and B has no tint. So only contrast changes it.
+    offset = np.full(3, contrast * brightness)
     return np.column_stack([matrix, offset])
 
 

@@ -43,8 +43,8 @@ def argmax_class(scores):
 
 def autocast(device, precision):
     """A context in which the large operations of a network compute in half precision, "bf16" or
-    "fp16". With "fp32" it does nothing. (Recent GPUs then have TF32: by default PyTorch's
-    convolutions round the float32 numbers that they multiply to 10 bits.)"""
+    "fp16". With "fp32" it does nothing. (On recent GPUs PyTorch's convolutions then use TF32: they
+    round the float32 numbers that they multiply to 10 bits of mantissa.)"""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
@@ -99,14 +99,14 @@ def evaluate(net, dataset, device, predict_image=predict, workers=4, save=None):
     # Of two processes the first has the images 0, 2, 4, ..., the second 1, 3, 5, ... So each image
     # is counted exactly once. One process has them all.
     rank, world = rank_and_world()
-    numbers = range(rank, len(dataset), world)  # of the images of this process
-    loader = DataLoader(TensorPairs(dataset), sampler=numbers, num_workers=workers,
+    indices = range(rank, len(dataset), world)  # of the images of this process
+    loader = DataLoader(TensorPairs(dataset), sampler=indices, num_workers=workers,
                         batch_size=None)  # no batches, as sizes may differ: image is (3, H, W)
     pairs = tqdm(loader, "evaluating", unit=" images", leave=False, disable=rank > 0)
     num_classes = len(dataset.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     net.eval()
-    for i, (image, label) in zip(numbers, pairs, strict=True):  # The loader keeps the order.
+    for i, (image, label) in zip(indices, pairs, strict=True):  # The loader keeps the order.
         prediction = predict_image(net, image.to(device))
         matrix += confusion_matrix(label.to(device), prediction, num_classes)
         if save:
@@ -131,7 +131,7 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import Cityscapes  # For data of your own: from FILE import CLASS as Cityscapes
 from cityscapes import DataError, at_least, check_classes, colored, read_picture, to_picture
 from pspnet import CheckpointError, load_net
 

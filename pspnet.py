@@ -29,9 +29,9 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # A ResNet (He et al., CVPR 2016) has a few first layers, and then four stages. A stage is a row of
 # blocks. The first layers make the map four times smaller than the image. Stage 1 keeps its size.
 # In the original each of the stages 2, 3 and 4 halves it again. So positions that are neighbors on
-# the map of stage 2 are 8 pixels of the image apart, on that of stage 3 16, on that of stage 4 32.
-# Here stages 3 and 4 keep the size of stage 2, because a map of classes needs the resolution.
-# Neighbors stay 8 pixels apart.
+# the map are 8 pixels of the image apart in stage 2, 16 in stage 3, and 32 in stage 4. Here stages
+# 3 and 4 keep the size of stage 2, because a map of classes needs the resolution. Neighbors stay 8
+# pixels apart.
 #
 # But training does not begin with random weights. It begins with weights that an original ResNet
 # has learned on ImageNet. In that network the 3x3 convolutions have learned to read positions that
@@ -44,8 +44,9 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 #     stage 4, first block     16                  8                        2
 #     stage 4, other blocks    32                  8                        4
 #
-# The first block of a stage has learned the distance of the stage before. In the original ResNet
-# this block halves the map: its 3x3 convolution has a stride of 2. So it reads the larger map.
+# The first block of a stage has learned the distance of the stage before. In the ResNet of these
+# weights this block halves the map: its 3x3 convolution has a stride of 2. So it reads the larger
+# map. (In the paper a 1x1 convolution of this block has the stride.)
 
 
 def shortcut(in_channels, out_channels, stride):
@@ -61,8 +62,8 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (ResNet-18). `width` is the number of channels of
     both. x (B, in_channels, H, W) -> (B, width, H/stride, W/stride). Only the first convolution has
     the stride and the dilation: the table above is about this one. (The second reads neighbors, 8
-    pixels apart, also where its weights have learned 16 or 32. We keep that, because mmsegmentation
-    has it. ResNet-50 and 101 have no such convolution.)"""
+    pixels apart, even where its weights have learned 16 or 32. This mismatch is mmsegmentation's.
+    ResNet-50 and 101 do not have it.)"""
 
     expansion = 1  # the number of output channels divided by `width`
 
@@ -205,7 +206,7 @@ class PyramidHead(nn.Module):
     rows 0 to 10, and the second 10 to 21. With bins=() there is no pyramid.
 
     train.py trains FastPSPNet, below the lesson. It has a faster `forward` for this head. So if you
-    change this head, also write PSPNet for FastPSPNet in train.py and in load_net."""
+    change this head, replace FastPSPNet by PSPNet in train.py and in load_net."""
 
     def __init__(self, in_channels, num_classes, bins=(1, 2, 3, 6)):
         super().__init__()
@@ -263,7 +264,7 @@ class PSPNet(nn.Module):
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""
 
-    Head = PyramidHead  # the class of decode_head, in a subclass another one (FastPSPNet, below)
+    Head = PyramidHead  # the class of decode_head. FastPSPNet, below, replaces it by another.
 
     def __init__(self, num_classes=19, backbone="resnet50_v1c", bins=(1, 2, 3, 6)):
         super().__init__()
@@ -322,11 +323,11 @@ def matrix_of(function, length, like):
 def averaging_matrix(h, w, k, like):
     """(k * k, h * w): a product with it averages a map of h x w positions over k x k regions. A row
     stands for a region, and a column for a position. An entry is the weight of the position in the
-    average over the region. It is a product of two: how much the position's row of the map counts
-    in the region, and how much its column."""
-    row_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), h, like)  # (k, h)
-    column_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), w, like)  # (k, w)
-    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]  # (k, k, h, w)
+    average over the region: the weight of its y in the region, times the weight of its x."""
+    y_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), h, like)  # (k, h)
+    x_weights = matrix_of(lambda x: F.adaptive_avg_pool1d(x, k), w, like)  # (k, w)
+    # Region (i, j) and position (r, c): the product of y_weights[i, r] and x_weights[j, c]
+    weights = y_weights[:, None, :, None] * x_weights[None, :, None, :]  # (k, k, h, w)
     return weights.reshape(k * k, h * w)
 
 

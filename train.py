@@ -11,11 +11,11 @@ on val. README.md lists what differs from that and from the paper. The folder --
 
     last.pt, best.pt    checkpoints: the latest, and that of the best mIoU on val
     val_NNNNNN.png      photographs, truth and prediction at each validation
-    log.jsonl           a line of JSON at the start, every 10 iterations, and at each of these
+    log.jsonl           JSON: a line at the start, every 10 iterations, and at each of the above
 
 A run may be killed at any moment. The same command with --resume goes on from last.pt, with the
 same samples and the same dropout, as if it had not been killed. On a CPU the weights at the end are
-then the same to the last bit. (That takes the same number of processes. After a kill log.jsonl has
+then the same to the last bit. (That needs the same number of processes. After a kill log.jsonl has
 some iterations twice. The later line counts.)
 """
 import torch
@@ -49,15 +49,19 @@ def segmentation_loss(logits, labels):
 
 def training_step(model, images, labels, optimizer, scaler, precision="fp32"):
     """One step of SGD: images (B, 3, H, W), uint8, and labels (B, H, W), int64 -> the loss, a
-    scalar. `precision` is explained at autocast. `scaler` does something in "fp16" only."""
+    scalar. `precision` is explained at autocast.
+
+    `scaler` does something in "fp16" only. There small gradients would become 0. So it multiplies
+    the loss by a large factor, and divides the gradients by it before the step. If a gradient is
+    infinite, it skips the step, and takes a smaller factor from then on."""
     with autocast(images.device, precision):
         logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels)
         loss = loss + 0.4 * segmentation_loss(aux_logits, labels)  # 0.4: section 5.1
     optimizer.zero_grad()
-    scaler.scale(loss).backward()  # fp16: multiplies the loss, or small gradients would become 0
-    scaler.step(optimizer)  # fp16: undoes that in the gradients; if one is infinite, skips the step
-    scaler.update()  # fp16: chooses the next factor, a smaller one if the step was skipped
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()  # the factor
     return loss.detach()
 
 
@@ -102,12 +106,12 @@ def main(argv=None):
     bar = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=rank > 0)
 
     net.train()
-    for iteration, (images, labels) in zip(bar, loader, strict=True):  # bar counts, and is drawn
+    for iteration, (images, labels) in zip(bar, loader, strict=True):  # `bar` also draws progress.
         lr = poly_lr(iteration, args.iters, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Dropout is random. This number is another one for each seed, iteration and process, and
-        # the same again in a resumed run.
+        # Dropout is random. Each seed, iteration and process has a different number here. A
+        # resumed run has the same numbers again.
         torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
 
         images = images.to(device, non_blocking=True)
@@ -141,7 +145,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
-from cityscapes import Cityscapes  # the data set: for one of your own change this line
+from cityscapes import Cityscapes  # For data of your own: from FILE import CLASS as Cityscapes
 from cityscapes import (DataError, TensorPairs, at_least, check_classes, colored, read_pair,
                         save_sheet, to_picture)
 from evaluate import (compare_processes, end_process, evaluate, format_scores, predict,
