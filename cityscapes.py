@@ -229,9 +229,9 @@ class TrainingStream(Dataset):
     """stream[k] is the k-th sample of a training run, k = 0, 1, 2, ... without an end: image
     (3, *crop_size), RGB, and label (*crop_size), train ids, both uint8 tensors.
 
-    stream[k] depends on seed and k only. So the samples of a run are the same with any number of
-    workers or processes, and after a restart. DataLoader(stream, sampler=range(k, end)) reads the
-    samples k to end - 1.
+    Of a data set, in one crop size, stream[k] depends on seed and k only. So the samples of a run
+    are the same with any number of workers or processes, and after a restart. DataLoader(stream,
+    sampler=range(k, end)) reads the samples k to end - 1.
 
     Samples 0 to N - 1 show the N photographs in a random order, N to 2 N - 1 in another. Each
     sample is a random crop of a photograph that is resized by a random factor. Its colors are
@@ -291,6 +291,7 @@ class TrainingStream(Dataset):
             left = rng.uniform(0, label.width - box_width)
             top = rng.uniform(0, label.height - box_height)
             box = left, top, left + box_width, top + box_height
+            # NEAREST, because train ids are names: a mean of 0 and 2 would be another class.
             cropped_label = resized_box(label, box, size, Image.Resampling.NEAREST)
             counts = cropped_label.histogram()[:VOID]  # the number of pixels of each class
             if max(counts) < 0.75 * sum(counts):

@@ -259,7 +259,7 @@ class PSPNet(nn.Module):
 
     In eval mode aux_logits is None. In train mode B must be at least 2. The reason is the level
     k = 1: there a channel has a single value per image, and batch norm can't compute a variance
-    from one value. (Without 1 among the bins B may be 1.)
+    from one value. (Without this level a batch of one is possible.)
 
     The weights of a new network are random. `load_backbone`, below the lesson, brings those of a
     ResNet that was trained on ImageNet."""

@@ -194,7 +194,7 @@ def parse_args(device, world, argv):
     args = parser.parse_args(argv)
     # In the level k = 1 each image gives one value per channel. Batch norm needs at least two. On
     # GPUs SyncBatchNorm counts the images of all processes. On CPUs each process is on its own.
-    least = 2 * world if device.type == "cpu" else 2
+    least = (2 if 1 in args.bins else 1) * (world if device.type == "cpu" else 1)
     if args.batch_size % world or args.batch_size < least:
         parser.error(f"--batch-size must be {least} or more, and a multiple of {world} (processes)")
     return args

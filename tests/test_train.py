@@ -86,8 +86,11 @@ def test_defaults_are_the_reference_recipe(monkeypatch):
     ("cpu", 1, 1), ("cpu", 3, 3), ("cpu", 3, 8), ("cuda", 1, 1), ("cuda", 3, 4)])
 def test_batches_that_processes_cannot_share_are_a_mistake(device, world, batch_size):
     """On a CPU each process needs two images, on GPUs all of them together do."""
+    options = ["--batch-size", str(batch_size)]
     with pytest.raises(SystemExit):
-        train.parse_args(torch.device(device), world, ["--batch-size", str(batch_size)])
+        train.parse_args(torch.device(device), world, options)
+    if batch_size % world == 0:  # Without the level k = 1 it is none.
+        assert train.parse_args(torch.device(device), world, [*options, "--bins", "2"])
 
 
 @pytest.mark.parametrize("option", ["--iters 0", "--iters 1.5", "--lr -1", "--lr nan", "--lr inf",
